@@ -1,0 +1,228 @@
+"""The process that owns the stack's servers: starts them in order, heals the ones that die, stops them in reverse.
+
+``python -m esper_core.local.supervisor DATA_DIR`` with a ``PlatformConfig`` as JSON on stdin. It decides and checks
+everything while the caller still waits (a fault is one JSON line on stdout, exit code 2; somebody already supervises:
+exit code 3), then leaves the terminal behind and goes on alone until SIGTERM.
+
+A child that is stopped (SIGSTOP) or hangs is shown as unhealthy and left alone: whether to kill it is for people to
+say. If the supervisor itself is killed its children go on; the next one ends them before it starts its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from esper_core.config import PlatformConfig
+from esper_core.errors import EsperError
+from esper_core.local import state
+from esper_core.local.child import Child, last_words, rotate, spawn, stop, sweep
+from esper_core.local.layout import Layout
+from esper_core.local.plan import Plan, plan
+from esper_core.local.state import ChildState, Phase, StackState
+
+FAULT, TAKEN = 2, 3  # exit codes
+_POLL_STARTING, _POLL_READY = 0.1, 2.0  # seconds between questions
+_BACKOFF_FIRST, _BACKOFF_MOST = 0.2, 10.0  # seconds before a restart; doubles while lives stay short
+_LONG_LIFE = 10.0  # seconds; who lived longer is restarted at once
+_GIVEN_UP_AFTER = 3  # lives that ended before ready, until it counts as failed
+
+log = logging.getLogger("esper.supervisor")
+
+
+class Supervisor:
+    """Keeps the planned children running until told to stop."""
+
+    def __init__(self, layout: Layout, planned: Plan) -> None:
+        self._layout = layout
+        self._children = planned.children
+        self._states = {
+            child.name: ChildState(name=child.name, port=child.port, external=not child.command)
+            for child in planned.children
+        }
+        self._ready = {child.name: asyncio.Event() for child in planned.children}
+        self._processes: dict[str, asyncio.subprocess.Process] = {}
+        self._pid, self._born = state.own()
+
+    async def run(self) -> None:
+        """Start all, heal, and return after SIGTERM or SIGINT once everything has ended."""
+        told = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)  # the terminal closed: not our concern
+        self._write()
+        keepers = {child.name: asyncio.create_task(self._keep(child)) for child in self._children}
+        waiter = asyncio.create_task(told.wait())
+        await asyncio.wait([waiter, *keepers.values()], return_when=asyncio.FIRST_COMPLETED)
+        waiter.cancel()
+        for child in reversed(self._children):
+            keeper = keepers[child.name]
+            keeper.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await keeper  # a keeper that broke raises its error here, after which nothing is supervised
+            await self._end(child)
+
+    async def _keep(self, child: Child) -> None:
+        """One child's whole life: wait for what it needs, then start it, again and again."""
+        for name in child.needs:
+            await self._ready[name].wait()
+        if not child.command:
+            await self._watch(child, None)
+        short_lives, never_ready = 0, 0
+        while True:
+            begun = time.monotonic()
+            message = await self._live(child)
+            never_ready = 0 if self._states[child.name].seconds is not None else never_ready + 1
+            short_lives = 0 if time.monotonic() - begun > _LONG_LIFE else short_lives + 1
+            phase = Phase.FAILED if never_ready >= _GIVEN_UP_AFTER else Phase.RESTARTING
+            log.warning("child=%s event=ended phase=%s message=%r", child.name, phase, message)
+            self._note(child, phase=phase, healthy=False, pid=None, born=None, message=message)
+            await asyncio.sleep(min(_BACKOFF_FIRST * 2 ** max(short_lives - 1, 0), _BACKOFF_MOST))
+            self._note(child, restarts=self._states[child.name].restarts + 1)
+
+    async def _live(self, child: Child) -> str:
+        """Start ``child`` and stay with it until it ends; says how it ended."""
+        output = self._layout.logs / f"{child.name}.log"
+        self._note(child, phase=Phase.STARTING, started=time.time(), seconds=None)
+        try:
+            rotate(output)
+            await asyncio.to_thread(child.prepare)
+            process = await spawn(child, output)
+        except (EsperError, OSError) as error:
+            return f"{error} {getattr(error, 'hint', '')}".strip()
+        self._processes[child.name] = process
+        self._note(child, pid=process.pid, born=state.born(process.pid))
+        log.info("child=%s event=started pid=%d", child.name, process.pid)
+        watching = asyncio.create_task(self._watch(child, process.pid))
+        try:
+            code = await process.wait()
+        finally:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
+        sweep(process.pid)
+        how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
+        return f"{how}: {last_words(output)}" if code > 0 else how
+
+    async def _watch(self, child: Child, pid: int | None) -> None:
+        """Ask again and again whether it does its work, and note every change of the answer."""
+        begun = time.monotonic()
+        self._note(child, phase=Phase.STARTING)
+        while True:
+            now = self._states[child.name]
+            try:
+                await child.ready()
+            except EsperError as error:
+                phase = Phase.UNHEALTHY if now.seconds is not None else Phase.STARTING
+                if (now.phase, now.message) != (phase, error.message):
+                    self._note(child, phase=phase, healthy=False, message=error.message)
+            else:
+                if not now.healthy:
+                    took = now.seconds if now.seconds is not None else round(time.monotonic() - begun, 3)
+                    self._note(child, phase=Phase.READY, healthy=True, seconds=took, message="")
+                    self._ready[child.name].set()
+                    log.info("child=%s event=ready pid=%s seconds=%.3f", child.name, pid, took)
+            await asyncio.sleep(_POLL_READY if self._states[child.name].healthy else _POLL_STARTING)
+
+    async def _end(self, child: Child) -> None:
+        process = self._processes.get(child.name)
+        if process is not None and not await stop(child, process):
+            log.warning("child=%s event=killed seconds=%.1f", child.name, child.stop_seconds)
+        self._note(child, phase=Phase.STOPPED, healthy=False, pid=None, born=None)
+
+    def _note(self, child: Child, **changes: object) -> None:
+        self._states[child.name] = self._states[child.name].model_copy(update=changes)
+        self._write()
+
+    def _write(self) -> None:
+        known = StackState(pid=self._pid, born=self._born, children=tuple(self._states.values()))
+        try:
+            state.write(self._layout.state, known)
+        except OSError as error:  # a full disk must not take the supervision away
+            log.error("event=state-not-written error=%s", error.strerror)
+
+
+def clear_orphans(layout: Layout) -> list[str]:
+    """End the children that a killed supervisor left behind; returns their names."""
+    last = state.read(layout.state)
+    ended = []
+    for child in reversed(last.children if last else ()):
+        if child.pid is None or not state.alive(child.pid, child.born):
+            continue
+        process = psutil.Process(child.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # PostgreSQL takes SIGTERM for "when all sessions have ended", and SIGINT for "now, cleanly"
+            process.send_signal(signal.SIGINT if child.name == "postgres" else signal.SIGTERM)
+            try:
+                process.wait(10)
+            except psutil.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+        sweep(child.pid)
+        ended.append(child.name)
+    return ended
+
+
+def main(data_dir: str) -> int:
+    """Check, detach, supervise; the exit code of the process."""
+    try:
+        config = PlatformConfig.model_validate_json(sys.stdin.buffer.read())
+        layout = Layout(Path(data_dir))
+        layout.create()
+        lock = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return TAKEN
+        orphans = clear_orphans(layout)
+        planned = plan(config, layout)
+        output = layout.logs / "supervisor.log"
+        rotate(output)
+    except EsperError as error:
+        fault = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
+        print(json.dumps(fault), flush=True)  # noqa: T201 - the caller reads it
+        return FAULT
+    _detach(output)
+    logging.basicConfig(
+        format="%(asctime)s level=%(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr, force=True
+    )
+    if orphans:
+        log.warning("event=orphans-ended names=%s", ",".join(orphans))
+    asyncio.run(_supervise(layout, planned))
+    log.info("event=stopped")
+    return 0
+
+
+async def _supervise(layout: Layout, planned: Plan) -> None:
+    await Supervisor(layout, planned).run()
+
+
+def _detach(output: Path) -> None:
+    """Leave the caller's terminal and process tree; from here on everything is written to ``output``.
+
+    No thread and no gRPC has been started yet, so forking is safe; the child inherits the lock.
+    """
+    if os.fork() > 0:
+        os._exit(0)
+    os.setsid()
+    os.chdir("/")
+    os.umask(0o077)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    written = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for source, target in ((nothing, 0), (written, 1), (written, 2)):
+        os.dup2(source, target)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
