@@ -1,0 +1,102 @@
+"""A warm child does many jobs and survives none of its own misdeeds."""
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from esper_core.errors import DeadlineExceeded, Exhausted, Internal, InvalidInput
+from services.child import WarmChild
+from services.sandbox import Limits
+
+LIMITS = Limits(wall_seconds=10.0, cpu_seconds=5.0, memory_bytes=512 << 20, idle_seconds=20.0)
+
+
+@pytest.fixture
+async def child() -> AsyncIterator[WarmChild]:
+    child = WarmChild("child_works", LIMITS)
+    yield child
+    await child.close()
+    assert child.pid is None
+
+
+async def test_one_child_does_many_jobs_in_a_scrubbed_environment(
+    child: WarmChild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ESPER_NATS__PASSWORD", "canary")
+    first, second = await asyncio.gather(child.ask({"do": "echo", "say": 1}), child.ask({"do": "echo", "say": 2}))
+    assert (first["said"], second["said"]) == (1, 2)
+    assert first["pid"] == second["pid"] == child.pid
+    assert first["nice"] == 19
+    assert "ESPER_NATS__PASSWORD" not in first["environment"]
+    with pytest.raises(InvalidInput, match="no") as caught:
+        await child.ask({"do": "refuse"})
+    assert caught.value.hint == "ask for less"
+    assert (await child.ask({"do": "echo", "say": 3}))["pid"] == first["pid"]
+
+
+async def test_memory_is_bounded_and_measured(child: WarmChild) -> None:
+    assert (await child.ask({"do": "hoard", "bytes": 64 << 20}))["peak"] == pytest.approx(64 << 20, rel=0.1)
+    with pytest.raises(Exhausted, match="memory"):
+        await child.ask({"do": "hoard", "bytes": 1 << 30})
+    assert (await child.ask({"do": "echo", "say": "still there"}))["said"] == "still there"
+
+
+async def test_a_killed_child_is_told_of_and_replaced(child: WarmChild) -> None:
+    with pytest.raises(Exhausted, match="SIGKILL"):
+        await child.ask({"do": "die"})
+    with pytest.raises(Internal, match="last words"):
+        await child.ask({"do": "babble"})
+    with pytest.raises(Internal, match="KeyError"):
+        await child.ask({"do": "break_down"})
+
+
+async def test_time_is_bounded() -> None:
+    child = WarmChild("child_works", dataclasses.replace(LIMITS, wall_seconds=0.5))
+    try:
+        await child.ask({"do": "echo", "say": "warm"})
+        pid = child.pid
+        with pytest.raises(DeadlineExceeded, match=r"0\.5 s"):
+            await child.ask({"do": "hang"})
+        assert pid is not None
+        assert not psutil.pid_exists(pid)
+    finally:
+        await child.close()
+    child = WarmChild("child_works", dataclasses.replace(LIMITS, cpu_seconds=0.5))
+    try:
+        with pytest.raises(Exhausted, match="SIGXCPU"):
+            await child.ask({"do": "spin"})
+    finally:
+        await child.close()
+
+
+async def test_an_idle_child_leaves_and_the_next_job_starts_another() -> None:
+    child = WarmChild("child_works", dataclasses.replace(LIMITS, idle_seconds=0.3))
+    try:
+        first = (await child.ask({"do": "echo", "say": 1}))["pid"]
+        deadline = asyncio.get_running_loop().time() + 10
+        while psutil.pid_exists(first) and psutil.Process(first).status() != psutil.STATUS_ZOMBIE:
+            assert asyncio.get_running_loop().time() < deadline
+            await asyncio.sleep(0.05)
+        assert (await child.ask({"do": "echo", "say": 2}))["pid"] != first
+    finally:
+        await child.close()
+
+
+async def test_a_cancelled_job_takes_its_child_along_and_close_removes_the_scratch(child: WarmChild) -> None:
+    await child.ask({"do": "echo", "say": "warm"})
+    pid, scratch = child.pid, child.scratch
+    job = asyncio.create_task(child.ask({"do": "hang"}))
+    await asyncio.sleep(0.1)
+    job.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await job
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+    assert os.stat(scratch).st_mode & 0o777 == 0o700
+    await child.close()
+    assert not Path(scratch).exists()
