@@ -26,17 +26,15 @@ Level = Literal["debug", "info", "warning", "error"]
 
 HIDDEN = "***"
 _MAX_DEPTH = 6
-_SECRET_WORDS = (
-    r"pass(?:word|wd|phrase)|secret|token|authorization|cookie|credential|dsn|(?:private|api|access)_?-?key"
-)
-_SECRET_KEY = re.compile(_SECRET_WORDS, re.IGNORECASE)
+_SENSITIVE = r"pass(?:word|wd|phrase)|secret|token|authorization|cookie|credential|dsn|(?:private|api|access)_?-?key"
+_SECRET_KEY = re.compile(_SENSITIVE, re.IGNORECASE)
 _SHAPES = (
     (re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?(?:-----END \1-----|\Z)", re.DOTALL), HIDDEN),
     (re.compile(r"(?<=://)[^\s\"'<>]*@"), f"{HIDDEN}@"),
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (
         re.compile(
-            rf"([\w-]*(?:{_SECRET_WORDS})[\w-]*[\"']?\s*[=:]\s*)(?!\s|SecretStr|{re.escape(HIDDEN)})"
+            rf"([\w-]*(?:{_SENSITIVE})[\w-]*[\"']?\s*[=:]\s*)(?!\s|SecretStr|{re.escape(HIDDEN)})"
             r"(\"[^\"]*\"|'[^']*'|[^\s,;&)}\]]+)",
             re.IGNORECASE,
         ),

@@ -23,8 +23,6 @@ from esper_core.rpc.tls import client_credentials
 DEADLINE = 10.0
 """Seconds that a call without streams may take unless the caller says otherwise."""
 
-_MAX_MESSAGE = 4 * 1024 * 1024
-
 
 def open_channel(address: str, *, tls_dir: Path, principal: str) -> grpc.aio.Channel:
     """A channel to ``address`` (host:port) as ``principal``; calls raise ``EsperError``.
@@ -36,8 +34,8 @@ def open_channel(address: str, *, tls_dir: Path, principal: str) -> grpc.aio.Cha
         NotFound: the principal's certificate is not under ``tls_dir``.
     """
     options = (
-        ("grpc.max_receive_message_length", _MAX_MESSAGE),
-        ("grpc.max_send_message_length", _MAX_MESSAGE),
+        ("grpc.max_receive_message_length", contract.MAX_MESSAGE),
+        ("grpc.max_send_message_length", contract.MAX_MESSAGE),
         ("grpc.service_config", contract.service_config()),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.min_reconnect_backoff_ms", 1_000),

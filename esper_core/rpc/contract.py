@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from google.protobuf.descriptor_pb2 import FileDescriptorSet, MethodOptions
 
+MAX_MESSAGE = 4 * 1024 * 1024
+"""Bytes of one message either way; anything larger is streamed in pieces."""
+
 RETRIES = {
     "maxAttempts": 4,
     "initialBackoff": "0.1s",

@@ -12,7 +12,6 @@ import datetime as dt
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ValidationError
@@ -21,6 +20,7 @@ from esper_core.errors import InvalidInput
 
 P = TypeVar("P", bound=Message)
 M = TypeVar("M", bound=BaseModel)
+_Field = Any  # the descriptor classes of protobuf's two engines share no type
 
 
 def to_proto(model: BaseModel, cls: Callable[[], P]) -> P:
@@ -70,7 +70,7 @@ def _fill(message: Message, model: BaseModel) -> None:
             ) from None
 
 
-def _put(message: Message, field: FieldDescriptor, value: Any) -> None:
+def _put(message: Message, field: _Field, value: Any) -> None:
     place = getattr(message, field.name) if field.is_repeated or field.message_type else None
     if place is None:
         setattr(message, field.name, value)
@@ -86,7 +86,7 @@ def _put(message: Message, field: FieldDescriptor, value: Any) -> None:
         place.extend(value)
 
 
-def _put_map(place: Any, field: FieldDescriptor, value: Mapping[Any, Any]) -> None:
+def _put_map(place: Any, field: _Field, value: Mapping[Any, Any]) -> None:
     if field.message_type.fields_by_name["value"].message_type:
         for key, item in value.items():
             place[key].SetInParent()
@@ -115,7 +115,7 @@ def _fields(message: Message) -> dict[str, Any]:
     }
 
 
-def _get(message: Message, field: FieldDescriptor) -> Any:
+def _get(message: Message, field: _Field) -> Any:
     value = getattr(message, field.name)
     if _is_map(field):
         nested = field.message_type.fields_by_name["value"].message_type is not None
@@ -129,5 +129,5 @@ def _plain(message: Message) -> Any:
     return message.ToDatetime(tzinfo=dt.UTC) if isinstance(message, Timestamp) else _fields(message)
 
 
-def _is_map(field: FieldDescriptor) -> bool:
+def _is_map(field: _Field) -> bool:
     return bool(field.message_type and field.message_type.GetOptions().map_entry)

@@ -31,7 +31,6 @@ from esper_core.rpc.status import to_status
 SECONDS = Histogram("esper_rpc_seconds", "Time to serve a call, by method and status.", ("method", "code"))
 
 _MAX_FAULTS = 8
-_CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 _log = log.get("rpc")
 
 
@@ -69,7 +68,7 @@ async def observed(call: Call, request: Any, proceed: Proceed) -> Any:
             code = "CANCELLED"
             raise
         except grpc.aio.AbortError:
-            code = _CODES.get(call.context.code(), "UNKNOWN")
+            code = call.context.code().name
             raise
         finally:
             seconds = time.monotonic() - started
@@ -86,7 +85,7 @@ async def explained(call: Call, request: Any, proceed: Proceed) -> Any:
     except EsperError as error:
         incident = _incident(call, error) if isinstance(error, Internal) else ""
         await call.context.abort_with_status(to_status(error, incident))
-    except Exception as error:  # noqa: BLE001 - the boundary: its text must not reach the caller, nor the server die
+    except Exception as error:  # the boundary: its text must not reach the caller, nor the server die
         if call.context.done():
             raise asyncio.CancelledError from error  # the caller is gone; a write to it has failed
         incident = _incident(call, error)
@@ -178,7 +177,9 @@ def check(message: Message) -> None:
     """
     violations = protovalidate.collect_violations(message)
     if violations:
-        faults = [f"{_path(violation.proto.field)}: {violation.proto.message}" for violation in violations[:_MAX_FAULTS]]
+        faults = [
+            f"{_path(violation.proto.field)}: {violation.proto.message}" for violation in violations[:_MAX_FAULTS]
+        ]
         more = len(violations) - len(faults)
         raise InvalidInput(
             f"{message.DESCRIPTOR.name}: {'; '.join(faults)}{f'; and {more} more' if more else ''}",

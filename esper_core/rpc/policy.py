@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-SERVICES = frozenset(
-    {"tamiyo", "kasmina", "urza", "tezzeret", "urabrask", "nissa", "oona", "simic", "emrakul", "karn"}
-)
+SERVICES = frozenset({"tamiyo", "kasmina", "urza", "tezzeret", "urabrask", "nissa", "oona", "simic", "emrakul", "karn"})
 PRINCIPALS = SERVICES | {"tolaria", "operator"}
 
 _ANYONE = PRINCIPALS

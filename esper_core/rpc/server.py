@@ -16,16 +16,15 @@ import grpc
 import grpc.aio
 from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION
+from grpc_reflection.v1alpha.reflection import enable_server_reflection
 
 from esper_core import log
 from esper_core.errors import Internal, InvalidInput, Unavailable
+from esper_core.rpc.contract import MAX_MESSAGE
 from esper_core.rpc.layers import Layer, authenticated, explained, layered, observed, punctual, validated
 from esper_core.rpc.policy import POLICY
 from esper_core.rpc.tls import ServerTls
-
-MAX_MESSAGE = 4 * 1024 * 1024
-"""Bytes of one message either way; anything larger is streamed in pieces."""
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -61,7 +60,7 @@ class RunningServer:
         port: the bound port.
     """
 
-    def __init__(self, server: grpc.aio.Server, checks: health.aio.HealthServicer, names: tuple[str, ...], port: int):
+    def __init__(self, server: grpc.aio.Server, checks: Any, names: tuple[str, ...], port: int):
         self.port = port
         self._server, self._checks, self._names = server, checks, names
         self._announcing: set[asyncio.Task[None]] = set()
@@ -115,7 +114,7 @@ async def serve(
         )
     served = tuple(served)
     names = tuple(service.name for service in served)
-    _listed((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), policy)
+    _listed((*names, health.SERVICE_NAME, REFLECTION), policy)
     layers: tuple[Layer, ...] = (
         observed,
         explained,
@@ -128,9 +127,9 @@ async def serve(
     )
     for service in served:
         service.register(service.servicer, server)
-    checks = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)  # type: ignore[no-untyped-call]
+    enable_server_reflection((*names, health.SERVICE_NAME, REFLECTION), server)  # type: ignore[no-untyped-call]
     bound = _bind(server, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", tls)
     running = RunningServer(server, checks, names, bound)
     await server.start()

@@ -50,7 +50,8 @@ def to_status(error: EsperError, incident_id: str = "") -> grpc.Status:
     detail.Pack(ErrorDetail(kind=type(error).__name__, hint=_cut(error.hint, MAX_HINT), incident_id=incident_id))
     code = grpc.StatusCode[error.status]
     status = Status(code=code.value[0], message=_cut(error.message, MAX_MESSAGE), details=[detail])
-    return rpc_status.to_status(status)
+    told: grpc.Status = rpc_status.to_status(status)  # type: ignore[no-untyped-call]
+    return told
 
 
 def from_call(error: grpc.aio.AioRpcError, method: str) -> EsperError:
