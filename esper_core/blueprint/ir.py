@@ -144,7 +144,7 @@ class BlueprintIR(BaseModel):
         if not self.layouts or len(set(self.layouts)) != len(self.layouts):
             raise InvalidInput("a blueprint names each layout it serves, once", hint="layouts: FEATURES, TOKENS, IMAGE")
         for parent in self.parent_ids:
-            if not DIGEST.match(parent) or not parent.startswith("blueprint-"):
+            if not DIGEST.fullmatch(parent) or not parent.startswith("blueprint-"):
                 raise InvalidInput(f"{parent[:80]!r} is no blueprint id", hint="blueprint- and 64 hex digits")
         for symbol, value in self.symbols.items():
             if not _SYMBOL.fullmatch(symbol) or symbol in (*DIMENSIONS, *expression.FUNCTIONS):

@@ -1,0 +1,141 @@
+"""The manifest of a compiled kernel: a blueprint bound to one interface, with the digest of its initial weights.
+
+Field names equal those of ``esper.core.v1.KernelManifest``. A manifest says what a kernel is; whether
+anyone vouches for it is :mod:`esper_core.kernel.trust`'s question, and the weights themselves are
+:mod:`esper_core.kernel.pack`'s. Free of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from esper_core.blueprint.analyse import analyse
+from esper_core.blueprint.interface import SlotInterface, canonical_json
+from esper_core.blueprint.ir import BlueprintIR
+from esper_core.errors import Corrupt
+from esper_core.ids import content_id, sha256
+
+MAX_BLOB_BYTES = 1 << 30
+REBUILD = "fetch the kernel again, or have it compiled anew"
+
+
+class Provenance(BaseModel):
+    """How a kernel came to be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    compiler: str = Field(default="", max_length=120)
+    """Compiler and its version."""
+    toolchain: dict[str, str] = Field(default={}, max_length=16)
+    """Toolchain versions by name."""
+    target: str = Field(default="", max_length=120)
+    """Fingerprint of the machine kind it was built on."""
+    build_seconds: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Wall seconds of the build."""
+    peak_memory_bytes: int = Field(default=0, ge=0)
+    """Peak resident bytes of the build process."""
+    parity_max_abs_diff: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Largest |eager - rebuilt from the artifact| over the parity batch."""
+
+
+class KernelManifest(BaseModel):
+    """What a kernel is.
+
+    Raises:
+        Corrupt: from the constructor, when the ids do not follow from the contents.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kernel_id: str = Field(pattern=r"^kernel-[0-9a-f]{64}$")
+    """Content id over the identity fields."""
+    blueprint_id: str = Field(pattern=r"^blueprint-[0-9a-f]{64}$")
+    blueprint: BlueprintIR
+    interface: SlotInterface
+    symbols: dict[str, int] = {}
+    """Values of all the blueprint's symbols."""
+    pipeline: str = Field(default="standard", min_length=1, max_length=32)
+    """Name of the build pipeline."""
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
+    """Seed of the initial weights."""
+    parameters: int = Field(default=0, ge=0)
+    """Trainable parameters."""
+    flops: int = Field(default=0, ge=0)
+    """Of one sample's forward pass."""
+    blob_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Hex SHA-256 of the safetensors blob."""
+    blob_bytes: int = Field(default=0, ge=0, le=MAX_BLOB_BYTES)
+    """Size of the blob."""
+    provenance: Provenance
+
+    @classmethod
+    def describe(
+        cls,
+        blueprint: BlueprintIR,
+        interface: SlotInterface,
+        blob: bytes,
+        provenance: Provenance,
+        *,
+        symbols: Mapping[str, int] | None = None,
+        seed: int = 0,
+        pipeline: str = "standard",
+    ) -> KernelManifest:
+        """The manifest of freshly built ``blob``.
+
+        Raises:
+            InvalidInput: when the blueprint does not fit the interface.
+        """
+        analysis = analyse(blueprint, interface, symbols)
+        bound = blueprint.bind(symbols)
+        digest = sha256(blob)
+        return cls(
+            kernel_id=identity(blueprint.id, interface.id, bound, digest),
+            blueprint_id=blueprint.id,
+            blueprint=blueprint,
+            interface=interface,
+            symbols=bound,
+            pipeline=pipeline,
+            seed=seed,
+            parameters=analysis.parameters,
+            flops=analysis.flops,
+            blob_sha256=digest,
+            blob_bytes=len(blob),
+            provenance=provenance,
+        )
+
+    @property
+    def interface_id(self) -> str:
+        return self.interface.id
+
+    def canonical(self) -> bytes:
+        """The one byte string of this manifest; signatures cover its digest."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    def check(self) -> None:
+        """Refuse a manifest whose ids do not follow from its contents.
+
+        Raises:
+            Corrupt: when the blueprint or the kernel is not what its id says.
+        """
+        if self.blueprint.id != self.blueprint_id:
+            raise Corrupt(f"blueprint {self.blueprint_id} does not have the contents its id says", hint=REBUILD)
+        if self.kernel_id != identity(self.blueprint_id, self.interface.id, self.symbols, self.blob_sha256):
+            raise Corrupt(f"{self.kernel_id} does not have the contents its id says", hint=REBUILD)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> KernelManifest:
+        self.check()
+        return self
+
+
+def identity(blueprint_id: str, interface_id: str, symbols: Mapping[str, int], blob_sha256: str) -> str:
+    """The kernel id: what it does is settled by these four."""
+    fields = {
+        "blueprint_id": blueprint_id,
+        "interface_id": interface_id,
+        "symbols": dict(symbols),
+        "blob_sha256": blob_sha256,
+    }
+    return content_id("kernel", canonical_json(fields))
