@@ -1,0 +1,211 @@
+"""The heuristic policy: grow where the residual gradient, twice in a row and surely, says that it pays; otherwise wait.
+
+Pure: the same packet gives the same actions. Where: gain × share per added parameter. Whether: health and confidence past their
+thresholds in the last two evaluations. How much: the cheapest kernel that covers most of the singular spectrum, within budget. When every
+signal is mute because whole layers are dead, slots take turns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper_core.blueprint.interface import canonical_json
+from esper_core.control.packet import (
+    AdaptationAction,
+    AdaptationSignal,
+    Command,
+    GrowthSignal,
+    KernelCandidate,
+    Reason,
+    ReasonCode,
+    SlotState,
+    SystemStatePacket,
+)
+from esper_core.control.settings import HeuristicSettings
+from esper_core.ids import new_id, sha256
+from esper_core.lifecycle import IN_FLIGHT, State
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A slot worth growing and the kernel for it."""
+
+    slot: SlotState
+    kernel: KernelCandidate
+    expected_gain: float
+    confidence: float
+    reasons: tuple[Reason, ...]
+
+
+class HeuristicPolicy:
+    """Decides on packets.
+
+    Args:
+        settings: thresholds and caps.
+        issued_by: principal named on the commands.
+    """
+
+    def __init__(self, settings: HeuristicSettings | None = None, issued_by: str = "tamiyo") -> None:
+        self.settings = settings or HeuristicSettings()
+        self.issued_by = issued_by
+        self.version = f"heuristic-{sha256(canonical_json(self.settings.model_dump(mode='json')))[:12]}"
+
+    def decide(self, packet: SystemStatePacket) -> AdaptationSignal:
+        """Actions and abstentions for an epoch; never more than the settings and the packet's budget allow."""
+        choices, abstentions = self._choose(packet)
+        return AdaptationSignal(
+            decision_id=new_id(),
+            run_id=packet.run_id,
+            epoch=packet.epoch,
+            policy_version=self.version,
+            actions=tuple(self._action(packet, choice) for choice in choices),
+            abstentions=tuple(abstentions),
+        )
+
+    def _choose(self, packet: SystemStatePacket) -> tuple[list[Choice], list[Reason]]:
+        busy = sum(slot.state in IN_FLIGHT for slot in packet.slots)
+        room = min(self.settings.adaptations_per_epoch, packet.budget.adaptations, self.settings.in_flight - busy)
+        if busy >= self.settings.in_flight:
+            return [], [Reason(code=ReasonCode.GRAFT_IN_FLIGHT, detail="one graft at a time keeps credit clear", value=busy)]
+        if room <= 0:
+            return [], [Reason(code=ReasonCode.NO_BUDGET, detail="no adaptation left for this epoch", value=room)]
+        open_slots = [slot for slot in packet.slots if slot.state is State.DORMANT]
+        if _mute(open_slots):
+            ranked, abstentions = [_turn(open_slots)], []
+        else:
+            ranked, abstentions = self._rank(packet.epoch, open_slots)
+        choices: list[Choice] = []
+        left = packet.budget.parameters
+        for slot, reasons in ranked:
+            if len(choices) == room:
+                break
+            choice = self._kernel(slot, reasons, left)
+            if isinstance(choice, Reason):
+                abstentions.append(choice)
+                continue
+            choices.append(choice)
+            left = None if left is None else left - choice.kernel.parameters
+        return choices, abstentions
+
+    def _rank(self, epoch: int, slots: list[SlotState]) -> tuple[list[tuple[SlotState, list[Reason]]], list[Reason]]:
+        worthy: list[tuple[float, SlotState, list[Reason]]] = []
+        abstentions: list[Reason] = []
+        for slot in slots:
+            verdict = self._verdict(epoch, slot)
+            if isinstance(verdict, Reason):
+                abstentions.append(verdict)
+            else:
+                worthy.append((_worth(slot.evidence[-1]), slot, verdict))
+        worthy.sort(key=lambda entry: -entry[0])
+        for place, (worth, _, reasons) in enumerate(worthy):
+            if place == 0:
+                reasons.append(Reason(code=ReasonCode.BEST_PLACE, detail="most gain per added parameter", value=worth))
+        return [(slot, reasons) for _, slot, reasons in worthy], abstentions
+
+    def _verdict(self, epoch: int, slot: SlotState) -> Reason | list[Reason]:
+        """Why the slot should grow, or the one reason why not."""
+        health = slot.health.health
+        limit, sure = self.settings.health_threshold, self.settings.confidence_threshold
+        if slot.embargo_until_epoch > epoch:
+            detail = f"{slot.slot} rests until epoch {slot.embargo_until_epoch}"
+            return Reason(code=ReasonCode.EMBARGOED, detail=detail, value=slot.embargo_until_epoch)
+        if slot.health.signal is None or health is None or not slot.evidence:
+            return Reason(code=ReasonCode.NOT_MEASURED, detail=f"{slot.slot} was not measured at this epoch")
+        if health >= limit:
+            return Reason(code=ReasonCode.HEALTHY, detail=f"{slot.slot} is healthy", value=health, threshold=limit)
+        if len(slot.evidence) < 2:
+            return Reason(code=ReasonCode.NOT_CONFIDENT, detail=f"{slot.slot}: evidence seen only once")
+        confidence = _confidence(slot)
+        if confidence <= sure:
+            detail = f"{slot.slot}: the evidence does not hold surely in two evaluations"
+            return Reason(code=ReasonCode.NOT_CONFIDENT, detail=detail, value=confidence, threshold=sure)
+        return [
+            Reason(code=ReasonCode.UNHEALTHY, detail="asks for growth", value=health, threshold=limit),
+            Reason(code=ReasonCode.CONFIDENT, detail="held twice", value=confidence, threshold=sure),
+        ]
+
+    def _kernel(self, slot: SlotState, reasons: list[Reason], left: int | None) -> Choice | Reason:
+        offers = [
+            offer
+            for offer in slot.candidates
+            if offer.blueprint_id not in slot.barred_blueprint_ids and (left is None or offer.parameters <= left)
+        ]
+        if not offers:
+            detail = f"{slot.slot}: none of {len(slot.candidates)} kernels is free and within the budget"
+            return Reason(code=ReasonCode.NO_KERNEL, detail=detail)
+        spectrum = slot.evidence[-1].spectrum if slot.evidence else ()
+        total = sum(spectrum)
+
+        def covered(offer: KernelCandidate) -> float:
+            return sum(spectrum[: offer.width]) / total if total > 0 else 0.0
+
+        # A kernel that cannot be folded stays a detour for ever, so it is taken only where nothing else fits.
+        foldable = [offer for offer in offers if offer.foldable] or offers
+        enough = [offer for offer in foldable if covered(offer) >= self.settings.coverage]
+        if enough:
+            best = min(enough, key=lambda offer: (offer.parameters, offer.kernel_id))
+        else:
+            best = max(foldable, key=lambda offer: (covered(offer), -offer.parameters, offer.kernel_id))
+        share = covered(best)
+        fits = Reason(
+            code=ReasonCode.KERNEL_FITS_SPECTRUM,
+            detail=f"{best.blueprint_name}, {best.parameters} parameters",
+            value=share,
+            threshold=self.settings.coverage,
+        )
+        confidence = _confidence(slot) if len(slot.evidence) > 1 else 0.0
+        return Choice(slot, best, share * total, confidence, (*reasons, fits))
+
+    def _action(self, packet: SystemStatePacket, choice: Choice) -> AdaptationAction:
+        command = Command(
+            command_id=new_id(),
+            run_id=packet.run_id,
+            slot=choice.slot.slot,
+            target=State.GERMINATED,
+            kernel_id=choice.kernel.kernel_id,
+            issued_by=self.issued_by,
+            reason="; ".join(reason.detail for reason in choice.reasons)[:500],
+        )
+        return AdaptationAction(
+            command=command,
+            confidence=choice.confidence,
+            expected_gain=choice.expected_gain,
+            reasons=choice.reasons,
+        )
+
+
+class HeuristicController:
+    """The policy as an in-process controller."""
+
+    def __init__(self, settings: HeuristicSettings) -> None:
+        self.policy = HeuristicPolicy(settings, issued_by="library")
+
+    def decide(self, packet: SystemStatePacket) -> AdaptationSignal:
+        """Decide at once."""
+        return self.policy.decide(packet)
+
+
+def _worth(signal: GrowthSignal) -> float:
+    return signal.gain_relative * signal.share / max(signal.unit_parameters, 1)
+
+
+def _confidence(slot: SlotState) -> float:
+    """The weaker of the last two evaluations."""
+    return min(signal.confidence for signal in slot.evidence[-2:])
+
+
+def _mute(slots: list[SlotState]) -> bool:
+    """Whether dead layers have silenced every closed form: nothing to gain anywhere, and a layer without a living unit."""
+    measured = [slot for slot in slots if slot.evidence and slot.health.signal is not None]
+    return (
+        bool(measured)
+        and all(slot.evidence[-1].gain == 0 for slot in measured)
+        and any(slot.health.dead_unit_ratio == 1.0 for slot in measured)
+    )
+
+
+def _turn(slots: list[SlotState]) -> tuple[SlotState, list[Reason]]:
+    """The dead slot that has had the fewest turns."""
+    dead = [slot for slot in slots if slot.health.dead_unit_ratio == 1.0]
+    chosen = min(dead, key=lambda slot: slot.generation)
+    return chosen, [Reason(code=ReasonCode.TURN, detail="every signal is mute: dead layers take turns")]

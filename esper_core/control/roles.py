@@ -1,0 +1,60 @@
+"""The two parts of growing that may live elsewhere: who decides, and where kernels come from.
+
+In library mode both are in the process (``HeuristicController``, ``CatalogueSource``); on the platform they ask Tamiyo and Urza.
+Neither may block a training step, and neither's absence stops one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from esper_core.blueprint.interface import SlotInterface
+from esper_core.blueprint.ir import BlueprintIR
+from esper_core.control.packet import AdaptationSignal, KernelCandidate, SystemStatePacket
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A verified kernel, ready to be built.
+
+    Attributes:
+        weights: by parameter name of the built module.
+    """
+
+    kernel_id: str
+    blueprint: BlueprintIR
+    interface: SlotInterface
+    symbols: Mapping[str, int]
+    weights: Mapping[str, Tensor]
+
+
+class Controller(Protocol):
+    """Decides on a run's epoch."""
+
+    def decide(self, packet: SystemStatePacket) -> AdaptationSignal | None:
+        """An answer, or None when there is none in time; nothing is done then."""
+        ...
+
+
+class KernelSource(Protocol):
+    """Finds and fetches kernels."""
+
+    def candidates(self, interface: SlotInterface) -> tuple[KernelCandidate, ...]:
+        """What could be put into such a slot; empty when only the controller knows."""
+        ...
+
+    def request(self, kernel_id: str, interface: SlotInterface) -> None:
+        """Begin to fetch a kernel; returns at once and may be repeated."""
+        ...
+
+    def poll(self, kernel_id: str) -> LoadedKernel | None:
+        """The kernel when it is there and verified, None while it is on its way.
+
+        Raises:
+            EsperError: when it can never be had.
+        """
+        ...

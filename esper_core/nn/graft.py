@@ -1,0 +1,107 @@
+"""A kernel blended into the host: reads what enters the span, adds ``alpha`` times its output to what leaves it.
+
+    h ──► source ──► … ──► sink ──► z ──(+)──►
+    └────────► kernel ──► · alpha ───────┘
+
+Blending is two forward hooks, present only while the kernel is blended: a dormant or isolated slot leaves no trace in the host's
+graph. A kernel that raises, gives a wrong shape or a non-finite value is left out of that forward pass and counted; after three such
+passes it is not asked again. Alpha is a zero-dimensional buffer, so moving it recompiles nothing.
+
+Does not protect against a kernel that never returns, nor against one that reads or writes other memory of the process: who may bind a
+kernel at all is decided by signatures, before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+BREAKER = 3
+"""Failures after which a kernel is not asked again."""
+
+log = structlog.get_logger(__name__)
+
+
+class Graft(nn.Module):
+    """One kernel at one span.
+
+    Args:
+        source: the module whose input the kernel reads.
+        sink: the module to whose output the kernel adds.
+        kernel: maps (batch, …) of the interface's entering shape to its leaving shape.
+    """
+
+    alpha: Tensor
+    faults: Tensor
+
+    def __init__(self, source: nn.Module, sink: nn.Module, kernel: nn.Module) -> None:
+        super().__init__()
+        self.kernel = kernel
+        parameter = next(source.parameters())
+        # Non-persistent: a run's checkpoint keeps both beside the seed's state.
+        self.register_buffer("alpha", torch.zeros((), device=parameter.device, dtype=parameter.dtype), persistent=False)
+        self.register_buffer("faults", torch.zeros((), device=parameter.device, dtype=torch.int64), persistent=False)
+        self.muted = False
+        self._ends = (source, sink)
+        self._entering: Tensor | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._raised = 0
+
+    @property
+    def attached(self) -> bool:
+        """Whether the host's forward passes by this kernel."""
+        return bool(self._hooks)
+
+    @property
+    def errors(self) -> int:
+        """Failed passes so far. Reads the device once; not for the training step."""
+        return self._raised + int(self.faults)
+
+    def attach(self) -> None:
+        """From now on the host's output includes ``alpha`` times the kernel's."""
+        if not self._hooks:
+            source, sink = self._ends
+            self._hooks = [
+                source.register_forward_pre_hook(self._remember),
+                sink.register_forward_hook(self._add),
+            ]
+
+    def detach(self) -> None:
+        """The host is as it was before ``attach``, its forward bit for bit."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._entering = None
+
+    def forward(self, entering: Tensor) -> Tensor:
+        """The kernel's own output, unblended."""
+        return self.kernel(entering)  # type: ignore[no-any-return]
+
+    def _remember(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._entering = args[0]
+
+    def _add(self, _module: nn.Module, _args: tuple[Any, ...], leaving: Tensor) -> Tensor:
+        entering, self._entering = self._entering, None
+        if self.muted or entering is None or self._raised >= BREAKER:
+            return leaving
+        try:
+            extra = self.kernel(entering)
+        except Exception as problem:  # noqa: BLE001 - a kernel may raise anything; the host must go on
+            return self._refuse(leaving, f"raised {type(problem).__name__}")
+        if not isinstance(extra, Tensor) or extra.shape != leaving.shape or extra.dtype != leaving.dtype:
+            return self._refuse(leaving, f"gave {getattr(extra, 'shape', type(extra))}, not {tuple(leaving.shape)}")
+        # The verdict stays on the device: asking for it here would stall every step. Masking the gradient as well keeps a
+        # non-finite kernel from reaching the host backwards.
+        finite = torch.isfinite(extra.detach()).all()
+        self.faults += ~finite
+        if extra.requires_grad:
+            extra.register_hook(lambda gradient: torch.where(finite, gradient, torch.zeros_like(gradient)))
+        return leaving + self.alpha * torch.where(finite, extra, torch.zeros_like(extra))
+
+    def _refuse(self, leaving: Tensor, why: str) -> Tensor:
+        self._raised += 1
+        log.warning("kernel.failed", why=why, failures=self._raised, retired=self._raised >= BREAKER)
+        return leaving

@@ -1,0 +1,146 @@
+"""The wrapped network: the user's own module, its data-flow graph, and the slots where kernels can be grafted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.blueprint.interface import SlotInterface
+from esper_core.errors import Conflict, InvalidInput
+from esper_core.nn.graft import Graft
+from esper_core.nn.trace import Growable, HostGraph, Span, chosen_spans, trace
+
+
+class Slot:
+    """A place for one kernel at a time.
+
+    Attributes:
+        name: ``<source path>:<sink path>``.
+        source, sink: the spanned modules themselves.
+        graft: the bound kernel, or None.
+    """
+
+    def __init__(self, span: Span, model: nn.Module) -> None:
+        self.name = span.name
+        self.source_path, self.sink_path = span.source, span.sink
+        self.source = cast(Growable, model.get_submodule(span.source))
+        self.sink = cast(Growable, model.get_submodule(span.sink))
+        self.graft: Graft | None = None
+        self._interface = span.interface
+
+    @property
+    def interface(self) -> SlotInterface:
+        """What a kernel meets here; the widths follow the host as it grows, here or next door."""
+        groups = self.source.groups if isinstance(self.source, nn.Conv2d) else 1
+        widths = {
+            "in_width": self.source.weight.shape[1] * groups,
+            "hidden_width": self.source.weight.shape[0],
+            "out_width": self.sink.weight.shape[0],
+        }
+        return self._interface.model_copy(update=widths)
+
+    @property
+    def unit_parameters(self) -> int:
+        """Parameters that one more unit in the spanned layer would cost: a row, its bias, and a column."""
+        return self.source.weight[0].numel() + 1 + self.sink.weight[:, 0].numel()
+
+    def span_parameters(self) -> list[nn.Parameter]:
+        """Source's and sink's own parameters."""
+        return [*self.source.parameters(), *self.sink.parameters()]
+
+    def bind(self, kernel: nn.Module) -> Graft:
+        """Give the slot a kernel; the host does not notice until the graft is attached.
+
+        Raises:
+            Conflict: when it has one already.
+        """
+        if self.graft is not None:
+            raise Conflict(f"slot {self.name} already has a kernel", hint="cull it first")
+        weight = self.source.weight
+        self.graft = Graft(self.source, self.sink, kernel.to(device=weight.device, dtype=weight.dtype))
+        return self.graft
+
+    def release(self) -> None:
+        """Forget the kernel; the host is as it was without it."""
+        if self.graft is not None:
+            self.graft.detach()
+            self.graft = None
+
+
+class Host(nn.Module):
+    """Behaves as the wrapped model: same forward, same ``state_dict`` keys, same parameters."""
+
+    def __init__(self, model: nn.Module, graph: HostGraph, spans: Sequence[Span]) -> None:
+        super().__init__()
+        self.model = model
+        self.graph = graph
+        self.slots: dict[str, Slot] = {span.name: Slot(span, model) for span in spans}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self.model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def slot(self, name: str) -> Slot:
+        """The slot of that name.
+
+        Raises:
+            InvalidInput: when there is none.
+        """
+        if name not in self.slots:
+            raise InvalidInput(f"no slot {name!r}", hint=f"slots: {', '.join(self.slots) or 'none'}")
+        return self.slots[name]
+
+    def can_widen(self, slot: Slot) -> bool:
+        """Whether no attached kernel next door relies on the widths that folding at ``slot`` would change."""
+        ends = {slot.source, slot.sink}
+        return not any(
+            other.graft is not None and other.graft.attached and ends & {other.source, other.sink}
+            for other in self.slots.values()
+            if other is not slot
+        )
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of the host as it stands, bound kernels not counted."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode inside, every module's own mode restored after; random state untouched."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def wrap(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    spans: Sequence[tuple[str, str]] | None = None,
+) -> Host:
+    """Find the places where ``model`` can grow.
+
+    Args:
+        model: any module whose forward ``torch.export`` understands.
+        example_inputs: one batch as in training, a tensor or a tuple of arguments.
+        spans: (source, sink) module paths, to choose among the spans; all of them when None.
+
+    Raises:
+        InvalidInput: when the example does not fit or a named span does not exist.
+        Unsupported: when the forward cannot be traced.
+    """
+    graph = trace(model, example_inputs)
+    return Host(model, graph, chosen_spans(graph, spans))

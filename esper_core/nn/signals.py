@@ -1,0 +1,233 @@
+"""Where growth would pay: the part of the wanted update that a span cannot express.
+
+With h the input of the span, H1 the sink's input with a one appended, and G the descent direction at the sink's output,
+
+    G⊥ = G − H1 (H1ᵀH1 + εI)⁻¹ H1ᵀG        the update no change of the sink's own weights can make
+    N  = hᵀG⊥ / n,   S = hᵀh / n,   F = GᵀG / n
+
+    gain  = Σ σ_i(S^-½ N)²                 loss per unit step, to first order (Verbockhaven et al., "Growing Tiny Networks", 2024)
+    score = Σ σ_i(S^-½ N F^-½)²            scale-free (Mitchell et al., "Self-Expanding Neural Networks", 2023)
+    own   = ‖(H1ᵀH1/n)^-½ H1ᵀG/n‖²         what the sink's own weights could still gain
+    share = gain / (gain + own)
+
+Everything is a function of sums over rows, kept in float64 per fold of the probe, so memory does not grow with the probe and
+a delete-one jackknife over the folds costs no second pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from esper_core.blueprint.interface import SlotInterface
+from esper_core.errors import InvalidInput
+from esper_core.nn.host import Host, Slot
+from esper_core.nn.probe import Batch, LossFunction, Sight, look
+from esper_core.nn.rows import entering_rows, inner_rows, leaving_rows
+from esper_core.nn.vitals import Units, Vitals
+
+FOLDS = 4
+RIDGE = 1e-6
+"""ε as a share of the mean eigenvalue."""
+MAX_SPECTRUM = 64
+MAX_ROWS = 1024
+"""Rows taken from one batch of a layout with positions; more would be correlated neighbours."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When the evidence counts: share of the wanted update, and gain as a fraction of the loss."""
+
+    share: float = 0.5
+    gain_of_loss: float = 0.005
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the residual gradient says about one slot. Field names equal ``esper.core.v1.GrowthSignal``."""
+
+    gain: float
+    gain_relative: float
+    share: float
+    score: float
+    gain_of_loss: float
+    spectrum: tuple[float, ...]
+    confidence: float
+    samples: int
+    unit_parameters: int
+
+    def need(self, thresholds: Thresholds) -> float:
+        """How far both thresholds are passed: 1 = just both, 0 = no sign at all."""
+        return min(self.share / thresholds.share, self.gain_of_loss / thresholds.gain_of_loss)
+
+
+@dataclass
+class Sums:
+    """Second moments of one fold, float64.
+
+    Shapes, with d = features entering, k = features of the sink's input + 1, m = features leaving:
+    hh (d, d), ii (k, k), hi (d, k), hg (d, m), ig (k, m), gg (m, m).
+    """
+
+    hh: Tensor
+    ii: Tensor
+    hi: Tensor
+    hg: Tensor
+    ig: Tensor
+    gg: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, h: Tensor, i: Tensor, g: Tensor) -> Sums:
+        h, i, g = h.double(), i.double(), g.double()
+        return cls(h.T @ h, i.T @ i, h.T @ i, h.T @ g, i.T @ g, g.T @ g, len(h))
+
+    def __add__(self, other: Sums) -> Sums:
+        return self._with(other, 1.0)
+
+    def __sub__(self, other: Sums) -> Sums:
+        return self._with(other, -1.0)
+
+    def _with(self, other: Sums, sign: float) -> Sums:
+        return Sums(
+            self.hh + sign * other.hh,
+            self.ii + sign * other.ii,
+            self.hi + sign * other.hi,
+            self.hg + sign * other.hg,
+            self.ig + sign * other.ig,
+            self.gg + sign * other.gg,
+            self.rows + int(sign) * other.rows,
+        )
+
+    def sink_weights(self) -> Tensor:
+        """(k, m): the best change of the sink's own weights, the regression of G on its input."""
+        damped = self.ii + _ridge(self.ii) * torch.eye(len(self.ii), dtype=self.ii.dtype, device=self.ii.device)
+        return torch.linalg.solve(damped, self.ig)
+
+
+@dataclass
+class Tally:
+    """Sums per fold and the mean loss, for one slot."""
+
+    folds: list[Sums | None] = field(default_factory=lambda: [None] * FOLDS)
+    losses: list[float] = field(default_factory=list)
+
+    def add_batch(self, number: int, rows: tuple[Tensor, Tensor, Tensor], loss: float) -> None:
+        """Spread a batch's rows over the folds, beginning at another one each time, so that all fill evenly."""
+        self.losses.append(loss)
+        parts = [part.tensor_split(FOLDS) for part in rows]
+        for offset, (h, i, g) in enumerate(zip(*parts, strict=True)):
+            if len(h):
+                fold, sums = (number + offset) % FOLDS, Sums.of(h, i, g)
+                held = self.folds[fold]
+                self.folds[fold] = sums if held is None else held + sums
+
+    @property
+    def filled(self) -> list[Sums]:
+        return [fold for fold in self.folds if fold is not None]
+
+    def total(self) -> Sums:
+        first, *rest = self.filled
+        return sum(rest, start=first)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass over the probe says of one slot."""
+
+    evidence: Evidence
+    vitals: Vitals
+
+
+def measure(
+    host: Host, slots: Iterable[Slot], batches: Iterable[Batch], loss_fn: LossFunction, thresholds: Thresholds
+) -> dict[str, Reading]:
+    """Evidence and vital signs of every slot from one pass over the probe batches.
+
+    Raises:
+        InvalidInput: when the loss is not a finite scalar, or there are no batches.
+    """
+    places = list(slots)
+    tallies = {slot.name: Tally() for slot in places}
+    units = {slot.name: Units() for slot in places}
+    for number, (loss, sights) in enumerate(look(host, places, batches, loss_fn)):
+        for slot in places:
+            sight, interface = sights[slot.name], slot.interface
+            units[slot.name].add(sight.inner, sight.descent, interface.layout)
+            tallies[slot.name].add_batch(number, _rows(sight, interface), loss)
+    if any(not tally.losses for tally in tallies.values()):
+        raise InvalidInput(
+            "the probe has no batches", hint="pass a list of (inputs, targets), 1024 samples or more in all"
+        )
+    return {
+        slot.name: Reading(conclude(tallies[slot.name], slot.unit_parameters, thresholds), units[slot.name].conclude())
+        for slot in places
+    }
+
+
+def _rows(sight: Sight, interface: SlotInterface) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (
+        entering_rows(sight.entering, interface),
+        inner_rows(sight.inner, interface),
+        leaving_rows(sight.descent, interface),
+    )
+    every = max(1, math.ceil(len(rows[0]) / max(MAX_ROWS, len(sight.entering))))
+    return rows[0][::every], rows[1][::every], rows[2][::every]
+
+
+def conclude(tally: Tally, unit_parameters: int, thresholds: Thresholds) -> Evidence:
+    """Turn sums into evidence; its confidence is Φ(log need / standard error), the error from a delete-one jackknife."""
+    folds, total = tally.filled, tally.total()
+    loss = sum(tally.losses) / len(tally.losses)
+    evidence = _figures(total, loss, unit_parameters)
+    parts = [_figures(total - fold, loss, unit_parameters).need(thresholds) for fold in folds] if len(folds) > 1 else []
+    return replace(evidence, confidence=_confidence(evidence.need(thresholds), parts))
+
+
+def _figures(sums: Sums, loss: float, unit_parameters: int) -> Evidence:
+    n = sums.rows
+    residual = (sums.hg - sums.hi @ sums.sink_weights()) / n  # N, (d, m)
+    whitened = _inverse_root(sums.hh / n) @ residual
+    spectrum = torch.linalg.svdvals(whitened).square()
+    gain = float(spectrum.sum())
+    own = float((_inverse_root(sums.ii / n) @ (sums.ig / n)).square().sum())
+    squared = float(torch.trace(sums.gg)) / n
+    return Evidence(
+        gain=gain,
+        gain_relative=gain / squared if squared > 0 else 0.0,
+        share=gain / (gain + own) if gain + own > 0 else 0.0,
+        score=float((whitened @ _inverse_root(sums.gg / n)).square().sum()),
+        gain_of_loss=gain / abs(loss) if loss else 0.0,
+        spectrum=tuple(spectrum[:MAX_SPECTRUM].tolist()),
+        confidence=0.0,
+        samples=n,
+        unit_parameters=unit_parameters,
+    )
+
+
+def _inverse_root(moment: Tensor) -> Tensor:
+    """S^-½ of a symmetric positive semidefinite matrix; directions with (next to) no energy are left out."""
+    values, vectors = torch.linalg.eigh(moment)
+    floor = max(float(values[-1]), 0.0) * RIDGE
+    inverse = torch.where(values > floor, values.clamp_min(1e-300).rsqrt(), torch.zeros_like(values))
+    return (vectors * inverse) @ vectors.T
+
+
+def _ridge(moment: Tensor) -> float:
+    return RIDGE * float(torch.trace(moment)) / len(moment) or RIDGE
+
+
+def _confidence(need: float, parts: list[float]) -> float:
+    """P(need > 1) for a normal log need."""
+    if need <= 0 or len(parts) < 2 or min(parts) <= 0:
+        return 0.0
+    logs = [math.log(part) for part in parts]
+    mean = sum(logs) / len(logs)
+    error = math.sqrt((len(logs) - 1) / len(logs) * sum((value - mean) ** 2 for value in logs))
+    if error == 0:
+        return 1.0 if need > 1 else 0.0
+    return 0.5 * math.erfc(-math.log(need) / error / math.sqrt(2))

@@ -1,0 +1,146 @@
+"""Making a kernel part of the host: rows for the source, columns for the sink, and the optimiser's memory of both.
+
+After folding, the host is a plain network again, wider by the kernel's units; nothing of the kernel remains. Parameters change shape, so
+they are new objects: whoever keeps a list of them must ask the model again. The optimiser is told here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.blueprint.build import KernelModule
+from esper_core.blueprint.fold import Origin, fold_terms
+from esper_core.errors import Conflict, Corrupt
+from esper_core.nn.host import Host, Slot
+from esper_core.nn.trace import Growable
+
+
+def fold(host: Host, slot: Slot, optimizer: torch.optim.Optimizer | None) -> bool:
+    """Fold the slot's kernel, at its present alpha, into source and sink; the slot is empty afterwards.
+
+    Returns:
+        False, and nothing changed, when the kernel is no widening or a neighbour relies on the present widths.
+
+    Raises:
+        Conflict: when the slot has no kernel.
+    """
+    if slot.graft is None:
+        raise Conflict(f"slot {slot.name} has no kernel to fold")
+    kernel = cast(KernelModule, slot.graft.kernel)
+    terms = fold_terms(kernel, slot.interface, float(slot.graft.alpha)) if host.can_widen(slot) else None
+    if terms is None or slot.source.bias is None or slot.sink.bias is None:
+        return False
+    parameters = dict(kernel.named_parameters())
+    grow = _Growth(optimizer, parameters)
+    grow.replace(slot.source, "weight", terms.source_weight, 0, terms.origins.get("source_weight"))
+    grow.replace(slot.source, "bias", terms.source_bias, 0, terms.origins.get("source_bias"))
+    grow.replace(slot.sink, "weight", terms.sink_weight, 1, terms.origins.get("sink_weight"))
+    with torch.no_grad():
+        slot.sink.bias += terms.sink_bias
+    _set_widths(slot.source)
+    _set_widths(slot.sink)
+    forget(optimizer, list(parameters.values()))
+    slot.release()
+    return True
+
+
+def adopt(optimizer: torch.optim.Optimizer, like: nn.Parameter, parameters: list[nn.Parameter]) -> None:
+    """Let the optimiser train new parameters in the group of ``like``: same learning rate, schedule and decay, fresh state.
+
+    Raises:
+        Conflict: when the optimiser does not hold ``like``.
+    """
+    for group in optimizer.param_groups:
+        if any(parameter is like for parameter in group["params"]):
+            group["params"].extend(parameters)
+            return
+    raise Conflict(
+        "the optimiser does not hold the slot's own parameters", hint="build it over host.parameters() after wrapping"
+    )
+
+
+def forget(optimizer: torch.optim.Optimizer | None, parameters: list[nn.Parameter]) -> None:
+    """Take parameters and their state out of the optimiser."""
+    if optimizer is None:
+        return
+    gone = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def morphology(host: Host) -> dict[str, list[int]]:
+    """Weight shapes of the modules that slots can widen: with this, a fresh host is made to fit a grown one's weights."""
+    return {
+        path: list(cast(Growable, host.model.get_submodule(path)).weight.shape)
+        for slot in host.slots.values()
+        for path in (slot.source_path, slot.sink_path)
+    }
+
+
+def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping[str, list[int]]) -> None:
+    """Give a fresh host the shapes of a grown one; the values are to be loaded afterwards.
+
+    Raises:
+        Corrupt: when the shapes are not those of a widening of this host.
+    """
+    for path, shape in shapes.items():
+        module = cast(Growable, host.model.get_submodule(path))
+        present = list(module.weight.shape)
+        if present == list(shape):
+            continue
+        if len(present) != len(shape) or present[2:] != list(shape[2:]):
+            raise Corrupt(
+                f"{path} has weight {present}, the checkpoint {list(shape)}", hint="it belongs to another host"
+            )
+        _swap(optimizer, module, "weight", module.weight.new_empty(shape))
+        if module.bias is not None and len(module.bias) != shape[0]:
+            _swap(optimizer, module, "bias", module.bias.new_empty(shape[0]))
+        _set_widths(module)
+
+
+class _Growth:
+    """Replaces one parameter after the other by a longer one, its optimiser state carried along."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer | None, kernel: Mapping[str, nn.Parameter]) -> None:
+        self.optimizer = optimizer
+        self.kernel = kernel
+
+    def replace(self, module: Growable, name: str, extra: Tensor, dim: int, origin: Origin | None) -> None:
+        old = cast(nn.Parameter, getattr(module, name))
+        new = _swap(self.optimizer, module, name, torch.cat([old.detach(), extra.to(old)], dim))
+        if self.optimizer is None or old not in self.optimizer.state:
+            return
+        state = self.optimizer.state.pop(old)
+        theirs = self.optimizer.state.get(self.kernel[origin.parameter], {}) if origin else {}
+        place: Callable[[Tensor], Tensor] = origin.place if origin else torch.clone
+        self.optimizer.state[new] = {
+            key: torch.cat([value, place(theirs[key]) if key in theirs else torch.zeros_like(extra).to(value)], dim)
+            if isinstance(value, Tensor) and value.shape == old.shape
+            else value
+            for key, value in state.items()
+        }
+
+
+def _swap(optimizer: torch.optim.Optimizer | None, module: nn.Module, name: str, value: Tensor) -> nn.Parameter:
+    """Put a new parameter in the old one's place, in the module and in the optimiser's groups."""
+    old = getattr(module, name)
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    setattr(module, name, new)
+    if optimizer is not None:
+        for group in optimizer.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    return new
+
+
+def _set_widths(module: Growable) -> None:
+    out_width, in_width = module.weight.shape[:2]
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = out_width, in_width
+    else:
+        module.out_channels, module.in_channels = out_width, in_width * module.groups
