@@ -10,9 +10,8 @@ Does not protect against a reader of the data directory: the CA's key lies there
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import ipaddress
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from cryptography import x509
@@ -21,11 +20,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID, ObjectIdentifier
 
 from esper_core.errors import Corrupt
+from esper_core.kernel.sign import Role, generate_key, public_pem
+from esper_core.kernel.trust import TrustList, trust_entry
 from esper_core.local.layout import Layout, write_private
 
 SERVICES = ("tamiyo", "kasmina", "urza", "tezzeret", "urabrask", "nissa", "oona", "simic", "emrakul", "karn")
 PRINCIPALS = (*SERVICES, "tolaria", "operator")
-SIGNERS = {"tezzeret": "build", "urabrask": "validation"}
+SIGNERS: Mapping[str, Role] = {"tezzeret": "build", "urabrask": "validation"}
 
 _CA_LIFE = dt.timedelta(days=3650)
 _LEAF_LIFE = dt.timedelta(days=397)
@@ -57,12 +58,6 @@ def provision(layout: Layout, host: str) -> None:
             f"a certificate or key under {layout.root} is damaged ({error})",
             hint="delete tls/ and secrets/ca.key to have the certificates made anew; restore keys/ from a backup",
         ) from error
-
-
-def key_id(public: ec.EllipticCurvePublicKey) -> str:
-    """The name of a signing key: hex SHA-256 of its SubjectPublicKeyInfo in DER."""
-    der = public.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).hexdigest()
 
 
 def _authority(layout: Layout) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
@@ -136,21 +131,16 @@ def _good(cert: x509.Certificate, ca: x509.Certificate, alternatives: x509.Subje
 
 
 def _signing_keys(folder: Path) -> None:
-    """One key per signer, and the list of whom to believe in which role.
-
-    ``trust.json``: ``{"keys": [{"id", "role", "principal", "public_key" (PEM)}]}``.
-    """
+    """One key per signer, and the list of whom to believe in which role."""
     listed = []
     for principal, role in SIGNERS.items():
         path = folder / f"{principal}.key"
         if not path.exists():
-            write_private(path, _pem(ec.generate_private_key(ec.SECP256R1())))
-        public = _load(path).public_key()
-        pem = public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        listed.append({"id": key_id(public), "role": role, "principal": principal, "public_key": pem.decode()})
+            write_private(path, generate_key())
+        listed.append(trust_entry(role, public_pem(_pem(_load(path)))))
     trust = folder / "trust.json"
     if not trust.exists():  # afterwards it is the operator's: keys are revoked and added there
-        write_private(trust, json.dumps({"keys": listed}, indent=2).encode())
+        write_private(trust, TrustList(keys=tuple(listed)).dump().encode())
 
 
 def _load(path: Path) -> ec.EllipticCurvePrivateKey:

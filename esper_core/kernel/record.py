@@ -1,0 +1,72 @@
+"""A kernel as the library knows it: its manifest, what was measured of it, and who vouches for it.
+
+Field names and numbers equal those of ``esper.core.v1``. Free of torch.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from esper_core.kernel.manifest import KernelManifest
+from esper_core.kernel.sign import Attestation
+
+
+class KernelStatus(enum.IntEnum):
+    """What is known of a kernel's fitness."""
+
+    COMPILED = 1
+    """Built and stored; nothing measured yet."""
+    VALIDATED = 2
+    """Measured and fit for use. Only Urabrask sets this."""
+    REJECTED = 3
+    """Measured and unfit. Only Urabrask sets this."""
+    RETIRED = 4
+    """Withdrawn after it had been validated."""
+
+
+class Measurement(BaseModel):
+    """What Urabrask measured on the artifact itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    batch: int = Field(ge=1)
+    """Rows in the measured batch."""
+    forward_seconds: float = Field(ge=0)
+    """Median forward seconds for one batch."""
+    forward_seconds_p99: float = Field(ge=0)
+    """99th percentile of the same."""
+    backward_seconds: float = Field(ge=0)
+    """Median forward and backward seconds for one batch."""
+    peak_memory_bytes: int = Field(ge=0)
+    """Peak resident bytes above the idle child."""
+    precision_drift: float = Field(ge=0)
+    """Largest |float32 - float64| of the output, relative to its scale."""
+    gradient_norm: float = Field(ge=0)
+    """Norm of the parameters' gradient for a unit-scale loss."""
+    deterministic: bool
+    """Whether two equal calls gave equal bytes."""
+    repetitions: int = Field(ge=1)
+    """Timed repetitions."""
+    target: str = Field(max_length=120)
+    """Fingerprint of the machine kind it was measured on."""
+
+
+class KernelRecord(BaseModel):
+    """A kernel in the library."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    manifest: KernelManifest
+    status: KernelStatus = KernelStatus.COMPILED
+    reason: str = ""
+    """Why it has that status."""
+    tags: tuple[str, ...] = ()
+    """What selection may ask for."""
+    measurement: Measurement | None = None
+    """Unset until Urabrask has spoken."""
+    attestations: tuple[Attestation, ...] = ()
+    """Signed statements: the build's, then the validation's."""
+    interface_id: str = ""
+    """Content id of the interface, for lookups."""
