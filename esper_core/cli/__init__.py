@@ -1,0 +1,4 @@
+"""``esperctl``: the command line, one file per noun.
+
+Imports neither torch nor services, and grpc only when it dials.
+"""
