@@ -46,7 +46,7 @@ async def database(stack: Endpoints) -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def bucket(stack: Endpoints) -> AsyncIterator[Endpoints]:
+async def bucket(stack: Endpoints) -> Endpoints:
     """The endpoints with a new, empty bucket in them; its blobs go with the session."""
     import aioboto3
 
@@ -59,4 +59,4 @@ async def bucket(stack: Endpoints) -> AsyncIterator[Endpoints]:
         region_name=stack.s3_region,
     ) as s3:
         await s3.create_bucket(Bucket=name)
-    yield stack.model_copy(update={"s3_bucket": name})
+    return stack.model_copy(update={"s3_bucket": name})

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,13 +104,17 @@ def last_words(log: Path) -> str:
 
 
 def program(name: str, package: str) -> str:
-    """The path of an executable that ``package``'s wheel put beside this interpreter's own scripts.
+    """The path of the executable that ``package``'s wheel installed, wherever its scripts went.
 
     Raises:
         Unsupported: it is not installed.
     """
-    scripts = os.pathsep.join((sysconfig.get_path("scripts"), str(Path(sys.executable).parent)))
-    found = shutil.which(name, path=scripts)
-    if not found:
-        raise Unsupported(f"{name} is not installed", hint=f"pip install {package}, or name an external server")
-    return found
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        path = Path(str(file.locate()))
+        if path.name == name and os.access(path, os.X_OK):
+            return str(path.resolve())
+    raise Unsupported(f"{name} is not installed", hint=f"pip install {package}, or name an external server")

