@@ -1,7 +1,7 @@
 """Whose signature counts, and the two-party rule: a kernel runs only when a build key and a validation key agree on it.
 
-Time is the caller's clock: an expiry protects against a key used after its day only as far as that clock is right. Whoever
-can write the trust list decides everything; keep it where only its owner can write. Free of torch.
+Time is the caller's clock: an expiry protects against a key used after its day only as far as that clock is right.
+Whoever can write the trust list decides everything; keep it where only its owner can write. Free of torch.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from esper_core.clock import SYSTEM, Clock
 from esper_core.errors import InvalidInput, NotFound, Untrusted
 from esper_core.ids import sha256
-from esper_core.kernel.manifest import KernelManifest
+from esper_core.kernel.manifest import KernelManifest, KernelStatus
 from esper_core.kernel.sign import PREDICATES, Attestation, Role, Statement, check_signature, key_id
 
-VALIDATED = "VALIDATED"
-"""The verdict a validation statement must carry for its kernel to run."""
 MAX_BYTES = 1 << 20
 REFETCH = "fetch the kernel and its statements again"
 
@@ -157,8 +155,8 @@ def verify_kernel(
 ) -> None:
     """Return only when a listed build key and a listed validation key vouch for exactly this manifest and blob digest.
 
-    ``attestations`` are the build's and then the validation's. The blob itself is compared with that digest by
-    :func:`esper_core.kernel.pack.unpack`.
+    ``attestations`` are the build's and then the validation's, whose predicate has ``verdict`` = ``"VALIDATED"``. The blob
+    itself is compared with that digest by :func:`esper_core.kernel.pack.unpack`.
 
     Raises:
         Corrupt: when the manifest's ids do not follow from its contents.
@@ -174,5 +172,5 @@ def verify_kernel(
     build, validation = attestations
     verify_statement(manifest, build, trust, "build", clock=clock)
     verdict = verify_statement(manifest, validation, trust, "validation", clock=clock).predicate.get("verdict")
-    if verdict != VALIDATED:
+    if verdict != KernelStatus.VALIDATED.name:
         raise Untrusted(f"{manifest.kernel_id} was measured and not validated", hint="choose another kernel")
