@@ -1,0 +1,52 @@
+"""Outlasting what is away: NATS, PostgreSQL or a dependency comes back, and the work goes on.
+
+Only what is known to pass is waited out; anything else propagates to whoever supervises the task.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import asyncpg
+import nats.errors
+
+from esper_core import log
+from esper_core.bus import database
+from esper_core.clock import SYSTEM
+from esper_core.errors import Exhausted, NotFound, Unavailable
+
+AWAY: tuple[type[Exception], ...] = (
+    *database.AWAY,
+    asyncpg.InterfaceError,  # "connection is closed"
+    nats.errors.Error,
+    Unavailable,
+    Exhausted,
+    NotFound,
+)
+"""What makes a forever-task of the bus pause; NotFound is a stream or a consumer that has yet to be made again."""
+
+PAUSE_FIRST, PAUSE_MAX = 0.1, 5.0  # seconds
+HEALTHY = 30.0  # seconds of work after which the pauses begin small again
+
+_log = log.get("bus")
+
+
+async def persist(work: Callable[[], Awaitable[None]], name: str) -> None:
+    """Run ``work`` again and again for ever, with growing pauses while something is away.
+
+    Raises:
+        Exception: whatever ``work`` raises that is not in ``AWAY``.
+    """
+    pause = PAUSE_FIRST
+    while True:
+        begun = SYSTEM.monotonic()
+        try:
+            await work()
+            pause = PAUSE_FIRST
+        except AWAY as error:
+            if SYSTEM.monotonic() - begun > HEALTHY:
+                pause = PAUSE_FIRST
+            _log.warning("bus.waiting", task=name, seconds=pause, error=f"{type(error).__name__}: {error}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, PAUSE_MAX)
