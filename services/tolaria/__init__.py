@@ -1,0 +1,1 @@
+"""Tolaria: the training process, and the platform's book of runs."""
