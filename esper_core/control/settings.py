@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from esper_core.control.packet import RampStyle
-from esper_core.nn.cache import DEFAULT_BYTES
 
 
 class Settings(BaseModel):
@@ -92,5 +91,5 @@ class GrowthSettings(Settings):
     """Loss units that a graft must bring above its rent."""
     kernel_faults: int = Field(default=0, ge=0)
     """Failed forward passes that a blended kernel may have before it is rolled back."""
-    cache_bytes: int = Field(default=DEFAULT_BYTES, ge=0)
+    cache_bytes: int = Field(default=128 * 1024 * 1024, ge=0)
     """Bytes of kernels kept at hand."""
