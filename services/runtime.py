@@ -7,9 +7,15 @@ rows, numbered migrations under ``schema/``, which have been applied before ``bu
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry
+
+from services.bell import Bell
 
 if TYPE_CHECKING:
     import asyncpg
@@ -35,6 +41,8 @@ class Platform:
         blobs: content-addressed bytes.
         channel: opens (once per principal, then shared) a mutual-TLS channel to the platform's own gRPC address. The
             platform owns the channel and closes it. Dials lazily: it may be asked for before the server is up.
+        metrics: what Prometheus reads; register collectors here, never in the process-wide registry.
+        draining: set when the platform begins to stop; long streams end themselves then.
     """
 
     endpoints: Endpoints
@@ -42,6 +50,13 @@ class Platform:
     bus: Bus
     blobs: Blobs
     channel: Callable[[str], grpc.aio.Channel]
+    metrics: CollectorRegistry = field(default_factory=CollectorRegistry)
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @cached_property
+    def bell(self) -> Bell:
+        """Wakes watchers when rows change; the composition root keeps its ``listen`` running."""
+        return Bell(self.database, self.draining)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Nissa: everything that happened, as it happens and afterwards."""

@@ -1,0 +1,1 @@
+"""Tamiyo: decides where and when to grow, and keeps what was decided."""
