@@ -213,6 +213,8 @@ def parse_yaml(text: str, name: str) -> Any:
             where = f"{name}, line {line}"
             if isinstance(event, yaml.AliasEvent):
                 raise InvalidInput(f"{where}: aliases (*{event.anchor}) are not read", hint="write the value out")
+            if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag is not None:
+                raise InvalidInput(f"{where}: tags ({event.tag}) are not read", hint="write plain values")
             if depth > MAX_DEPTH:
                 raise InvalidInput(f"{where}: nested deeper than {MAX_DEPTH}", hint="a configuration is shallow")
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader that is stricter still

@@ -70,5 +70,5 @@ async def greeting(host: str, port: int) -> None:
         info = json.loads(line.removeprefix(b"INFO ")) if line.startswith(b"INFO ") else {}
     except (OSError, TimeoutError, ValueError) as error:
         raise Unavailable(f"no NATS server answers on {host}:{port} ({error or 'timeout'})") from None
-    if not info.get("jetstream"):
+    if not (isinstance(info, dict) and info.get("jetstream")):
         raise Unavailable(f"what answers on {host}:{port} is no NATS server with JetStream")

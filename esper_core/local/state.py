@@ -12,6 +12,7 @@ import psutil
 from pydantic import ValidationError
 
 from esper_core.config import Section
+from esper_core.errors import Forbidden
 from esper_core.local.layout import write_private
 
 
@@ -60,11 +61,17 @@ class StackState(Section):
 
 
 def read(path: Path) -> StackState | None:
-    """The last state, or ``None`` when there is none that can be read."""
+    """The last state, or ``None`` when there is none or it is damaged.
+
+    Raises:
+        Forbidden: it is another user's.
+    """
     try:
         return StackState.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
+    except PermissionError:
+        raise Forbidden(f"{path} may not be read by this user", hint="use the account that ran `esperctl up`") from None
 
 
 def write(path: Path, state: StackState) -> None:

@@ -65,12 +65,14 @@ class Supervisor:
         waiter = asyncio.create_task(told.wait())
         await asyncio.wait([waiter, *keepers.values()], return_when=asyncio.FIRST_COMPLETED)
         waiter.cancel()
+        broken = [keeper for keeper in keepers.values() if keeper.done()]
         for child in reversed(self._children):
             keeper = keepers[child.name]
             keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await keeper  # a keeper that broke raises its error here, after which nothing is supervised
+            await asyncio.wait([keeper])
             await self._end(child)
+        for keeper in broken:
+            keeper.result()  # a defect of ours ended the supervision: say so, now that nothing is left running
 
     async def _keep(self, child: Child) -> None:
         """One child's whole life: wait for what it needs, then start it, again and again."""
@@ -111,6 +113,7 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await watching
         sweep(process.pid)
+        del self._processes[child.name]
         how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
         return f"{how}: {last_words(output)}" if code > 0 else how
 
@@ -122,10 +125,10 @@ class Supervisor:
             now = self._states[child.name]
             try:
                 await child.ready()
-            except EsperError as error:
+            except (EsperError, OSError) as error:
                 phase = Phase.UNHEALTHY if now.seconds is not None else Phase.STARTING
-                if (now.phase, now.message) != (phase, error.message):
-                    self._note(child, phase=phase, healthy=False, message=error.message)
+                if (now.phase, now.message) != (phase, str(error)):
+                    self._note(child, phase=phase, healthy=False, message=str(error))
             else:
                 if not now.healthy:
                     took = now.seconds if now.seconds is not None else round(time.monotonic() - begun, 3)

@@ -101,7 +101,9 @@ async def test_every_killed_child_is_healed_at_its_old_place(config: PlatformCon
         old = _pids(config)[name]
         os.kill(old, signal.SIGKILL)
         _until(lambda name=name, old=old: _pids(config).get(name, old) != old and stack.status(config).healthy)
-    assert {child.name: child.restarts for child in stack.status(config).children} == dict.fromkeys(ALL, 1)
+    restarts = {child.name: child.restarts for child in stack.status(config).children}
+    assert restarts.pop("postgres") >= 1  # it may find the memory of its last life still held, and try again
+    assert restarts == {"nats": 1, "s3": 1, "services": 1}
     assert read_endpoints(config.data_dir) == endpoints
     assert await _execute(endpoints, "SELECT number FROM kept") == 7
     assert state.born(helper) is None
