@@ -109,7 +109,9 @@ class BlueprintIR(BaseModel):
         bound = {**self.symbols, **(symbols or {})}
         for name, value in bound.items():
             if name not in self.symbols:
-                raise InvalidInput(f"blueprint {self.name!r} has no symbol {name!r}", hint=nearest(name, self.symbols))
+                raise InvalidInput(
+                    f"blueprint {self.name!r} has no symbol {name!r}", hint=nearest(name, self.symbols) or "it has none"
+                )
             _check_value(name, value)
         return bound
 
@@ -141,6 +143,8 @@ class BlueprintIR(BaseModel):
             raise InvalidInput(
                 f"{self.name[:80]!r} is no blueprint name", hint="1-80 characters of a-z, 0-9, '_' and '-'"
             )
+        if not self.nodes:
+            raise InvalidInput(f"blueprint {self.name!r} has no nodes", hint="a blueprint has at least one")
         if not self.layouts or len(set(self.layouts)) != len(self.layouts):
             raise InvalidInput("a blueprint names each layout it serves, once", hint="layouts: FEATURES, TOKENS, IMAGE")
         for parent in self.parent_ids:
@@ -166,13 +170,13 @@ class BlueprintIR(BaseModel):
                     raise InvalidInput(f"node {node.name!r} reads {source!r} before it is computed", hint=hint)
                 if source not in known:
                     raise InvalidInput(
-                        f"node {node.name!r} reads unknown {source[:80]!r}", hint=nearest(source[:80], known)
+                        f"node {node.name!r} reads unknown {source[:80]!r}", hint=nearest(source[:80], known)[:300]
                     )
             self._check_op(node)
             known.add(node.name)
         if self.output not in known or self.output == INPUT:
             raise InvalidInput(
-                f"the output {self.output[:80]!r} is no node", hint=nearest(self.output[:80], known - {INPUT})
+                f"the output {self.output[:80]!r} is no node", hint=nearest(self.output[:80], known - {INPUT})[:300]
             )
 
     def _check_op(self, node: Node) -> None:

@@ -1,8 +1,8 @@
 """The manifest of a compiled kernel: a blueprint bound to one interface, with the digest of its initial weights.
 
-Field names equal those of ``KernelManifest``, ``Provenance`` and ``Measurement`` in ``esper.core.v1``. A manifest says what
-a kernel is; whether anyone vouches for it is :mod:`esper_core.kernel.trust`'s question, and the weights themselves are
-:mod:`esper_core.kernel.pack`'s. Free of torch.
+Field names equal those of ``KernelManifest``, ``Provenance`` and ``Measurement`` in ``esper.core.v1``. A manifest says
+what a kernel is; whether anyone vouches for it is :mod:`esper_core.kernel.trust`'s question, and the weights themselves
+are :mod:`esper_core.kernel.pack`'s. Free of torch.
 """
 
 from __future__ import annotations

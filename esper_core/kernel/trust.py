@@ -155,8 +155,8 @@ def verify_kernel(
 ) -> None:
     """Return only when a listed build key and a listed validation key vouch for exactly this manifest and blob digest.
 
-    ``attestations`` are the build's and then the validation's, whose predicate has ``verdict`` = ``"VALIDATED"``. The blob
-    itself is compared with that digest by :func:`esper_core.kernel.pack.unpack`.
+    ``attestations`` are the build's and then the validation's, whose predicate has ``verdict`` = ``"VALIDATED"``. The
+    blob itself is compared with that digest by :func:`esper_core.kernel.pack.unpack`.
 
     Raises:
         Corrupt: when the manifest's ids do not follow from its contents.
