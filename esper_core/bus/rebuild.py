@@ -10,16 +10,14 @@ Does not know about events that training processes drained from their spools: th
 
 from __future__ import annotations
 
-import nats.errors
-import nats.js.errors
 from nats.js.api import StreamInfo
 
 from esper_core import log
-from esper_core.bus.bus import Bus, translated
+from esper_core.bus.bus import Bus
 from esper_core.bus.database import Pool
+from esper_core.bus.mark import MARGIN, Mark, damage
 from esper_core.bus.subjects import STREAMS, Stream
 
-_MARGIN = 3600.0  # seconds by which the server's ageing and our clocks may disagree
 _log = log.get("bus")
 
 
@@ -55,39 +53,28 @@ async def _damage(pool: Pool, bus: Bus, stream: Stream, info: StreamInfo) -> str
     known = await pool.fetchrow("SELECT created, deleted FROM bus.streams WHERE name = $1", stream.name)
     if known is None:
         return ""
-    if known["created"] != info.created:
-        return "it was made anew"
+    last = await pool.fetchrow(
+        "SELECT event_id, stream_sequence, sent FROM bus.outbox WHERE stream = $1 AND stream_sequence IS NOT NULL"
+        " AND sent IS NOT NULL ORDER BY stream_sequence DESC LIMIT 1",
+        stream.name,
+    )
+    mark = Mark(known["created"])
+    if last:
+        mark = Mark(known["created"], last["stream_sequence"], last["event_id"], last["sent"])
+    if why := await damage(bus, stream, info, mark):
+        return why
+    if stream.shed:
+        return ""
     if (info.state.num_deleted or 0) > known["deleted"]:
         return "messages within it are gone"
-    kept = stream.max_age - _MARGIN
     lost = await pool.fetchval(
         "SELECT count(*) FROM bus.outbox WHERE stream = $1 AND stream_sequence < $2"
         " AND sent > now() - make_interval(secs => $3)",
         stream.name,
         info.state.first_seq,
-        kept,
+        stream.max_age - MARGIN,
     )
-    if lost and not stream.shed:
-        return "its beginning is gone"
-    last = await pool.fetchrow(
-        "SELECT event_id, stream_sequence FROM bus.outbox WHERE stream = $1 AND stream_sequence IS NOT NULL"
-        " AND sent > now() - make_interval(secs => $2) ORDER BY stream_sequence DESC LIMIT 1",
-        stream.name,
-        kept,
-    )
-    if last and await _message_id(bus, stream, last["stream_sequence"]) != last["event_id"]:
-        return "its end is gone"
-    return ""
-
-
-async def _message_id(bus: Bus, stream: Stream, sequence: int) -> str:
-    try:
-        message = await bus.jetstream.get_msg(stream.name, sequence)
-    except nats.js.errors.NotFoundError:
-        return ""
-    except (nats.errors.Error, TimeoutError, OSError) as error:
-        raise translated(error, f"reading message {sequence} of {stream.name}") from error
-    return str((message.headers or {}).get("Nats-Msg-Id", ""))
+    return "its beginning is gone" if lost else ""
 
 
 async def _unsend(pool: Pool, stream: Stream) -> int:

@@ -7,11 +7,9 @@ import pytest
 
 from esper_core.bus.bus import Bus
 from esper_core.bus.envelope import Event, wrap
-from esper_core.bus.inbox import consume, consume_plain, watch
+from esper_core.bus.inbox import consume
 from esper_core.bus.outbox import enqueue, relay
 from esper_core.bus.subjects import EPOCH_EVENTS
-from esper_core.errors import AlreadyExists
-from esper_core.ids import new_id
 from esper_core.pb.esper.bus.v1.bus_pb2 import EpochCompleted, EventEnvelope
 from esper_core.pb.esper.core.v1.run_pb2 import EpochMetrics
 from tests.service.bus.conftest import Start, until
