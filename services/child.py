@@ -97,7 +97,7 @@ class WarmChild:
 
     async def _converse(self, process: asyncio.subprocess.Process, job: Job) -> Job | None:
         """The answer, or ``None`` when the child ended first (it may just have been idle for too long)."""
-        assert process.stdin is not None
+        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
         try:
             process.stdin.write(json.dumps(job).encode() + b"\n")
             await process.stdin.drain()
@@ -130,7 +130,7 @@ class WarmChild:
         return self._process
 
     async def _read(self, process: asyncio.subprocess.Process, seconds: float, what: str) -> Job | None:
-        assert process.stdout is not None
+        assert process.stdout is not None  # noqa: S101 - a pipe was asked for
         try:
             line = await asyncio.wait_for(process.stdout.readline(), seconds)
         except TimeoutError:
@@ -167,8 +167,6 @@ class WarmChild:
             return
         if process.returncode is None:
             process.kill()
-        assert process.stdin is not None
+        assert process.stdin is not None  # noqa: S101 - a pipe was asked for
         process.stdin.close()
         await process.wait()
-
-

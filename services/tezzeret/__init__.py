@@ -1,1 +1,1 @@
-"""The compilation forge: turns blueprint x interface into signed kernels, in the background. Torch only in its child."""
+"""The compilation forge: blueprint x interface to signed kernel, in the background. Torch only in its child."""

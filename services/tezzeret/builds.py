@@ -16,10 +16,11 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict
 
 from esper_core.blueprint.interface import SlotInterface, canonical_json
-from esper_core.errors import NotFound
+from esper_core.errors import NotFound, Unsupported, nearest
 from esper_core.ids import content_id
 
 PIPELINE = "standard"
+PIPELINES = (PIPELINE,)
 LEASE_SECONDS = 30.0
 
 Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
@@ -81,16 +82,29 @@ _FIELDS = """build_id, blueprint_id, blueprint_name, interface, interface_id, sy
     coalesce(kernel_id, '') AS kernel_id, reason, attempts, seconds"""
 
 
+def check_pipeline(name: str) -> None:
+    """Raises: Unsupported: no pipeline of that name."""
+    if name not in PIPELINES:
+        raise Unsupported(f"no build pipeline {name!r}", hint=nearest(name, PIPELINES))
+
+
 async def add(connection: Connection, wish: Wish) -> bool:
     """Queue ``wish`` unless it is known; a failed one is queued again. True when there is new work."""
+    again = """ON CONFLICT (build_id) DO UPDATE
+        SET state = 1, reason = '', attempts = 0, not_before = now(), updated = now() WHERE builds.state = 4"""
+    return await _insert(connection, wish, again)
+
+
+async def expect(connection: Connection, wish: Wish) -> bool:
+    """Queue ``wish`` unless it was ever known, whatever came of it. True when there is new work."""
+    return await _insert(connection, wish, "ON CONFLICT (build_id) DO NOTHING")
+
+
+async def _insert(connection: Connection, wish: Wish, otherwise: str) -> bool:
     row = await connection.fetchrow(
-        """INSERT INTO tezzeret.builds
+        f"""INSERT INTO tezzeret.builds
                (build_id, blueprint_id, blueprint_name, interface, interface_id, symbols, pipeline, rank)
-           VALUES ($1, $2, $3, $4, $5, $6::text::jsonb, $7, $8)
-           ON CONFLICT (build_id) DO UPDATE
-               SET state = 1, reason = '', attempts = 0, not_before = now(), updated = now()
-               WHERE builds.state = 4
-           RETURNING build_id""",
+           VALUES ($1, $2, $3, $4, $5, $6, $7, $8) {otherwise} RETURNING build_id""",  # noqa: S608
         wish.build_id,
         wish.blueprint_id,
         wish.blueprint_name,
@@ -111,14 +125,14 @@ async def get(pool: Pool, build_id: str) -> Build:
     return _build(row)
 
 
-async def page(pool: Pool, *, state: int = 0, interface_id: str = "", size: int = 0) -> list[Build]:
+async def newest(pool: Pool, *, state: int, interface_id: str, size: int) -> list[Build]:
     """Builds, newest first; 0 and empty do not restrict."""
     rows = await pool.fetch(
         f"""SELECT {_FIELDS} FROM tezzeret.builds
             WHERE ($1 = 0 OR state = $1) AND ($2 = '' OR interface_id = $2) ORDER BY serial DESC LIMIT $3""",  # noqa: S608
         state,
         interface_id,
-        size or 100,
+        size,
     )
     return [_build(row) for row in rows]
 
@@ -142,27 +156,32 @@ async def claim(pool: Pool, forge: str, lease_seconds: float = LEASE_SECONDS) ->
 
 async def renew(pool: Pool, build_id: str, forge: str, lease_seconds: float = LEASE_SECONDS) -> bool:
     """Keep a claim; False when it was lost."""
-    return await _guarded(
-        pool, "lease_until = now() + make_interval(secs => $3)", build_id, forge, lease_seconds
-    )
+    return await _guarded(pool, "lease_until = now() + make_interval(secs => $3)", build_id, forge, lease_seconds)
 
 
-async def finish(connection: Connection, build_id: str, forge: str, *, kernel_id: str, name: str, seconds: float) -> bool:
+async def finish(
+    connection: Connection, build_id: str, forge: str, *, kernel_id: str, name: str, seconds: float
+) -> bool:
     """Mark a claimed build DONE; False when the claim was lost."""
     change = "state = 3, kernel_id = $3, blueprint_name = $4, seconds = $5, reason = ''"
     return await _guarded(connection, f"{change}, {_FREE}", build_id, forge, kernel_id, name, seconds)
 
 
-async def fail(connection: Connection, build_id: str, forge: str, *, reason: str, seconds: float) -> bool:
+async def fail(on: Connection | Pool, build_id: str, forge: str, *, reason: str, seconds: float) -> bool:
     """Mark a claimed build FAILED; False when the claim was lost."""
     change = "state = 4, reason = $3, seconds = $4"
-    return await _guarded(connection, f"{change}, {_FREE}", build_id, forge, reason[:500], seconds)
+    return await _guarded(on, f"{change}, {_FREE}", build_id, forge, reason[:500], seconds)
 
 
-async def postpone(connection: Connection, build_id: str, forge: str, *, reason: str, delay_seconds: float) -> bool:
-    """Put a claimed build back into the queue, not to be tried for a while; False when the claim was lost."""
-    change = "state = 1, reason = $3, not_before = now() + make_interval(secs => $4)"
-    return await _guarded(connection, f"{change}, {_FREE}", build_id, forge, reason[:500], delay_seconds)
+async def postpone(
+    on: Connection | Pool, build_id: str, forge: str, *, reason: str, delay_seconds: float, counts: bool
+) -> bool:
+    """Put a claimed build back into the queue, not to be tried for a while; False when the claim was lost.
+
+    ``counts``: whether the attempt just made is held against it.
+    """
+    change = "state = 1, reason = $3, not_before = now() + make_interval(secs => $4), attempts = attempts - $5"
+    return await _guarded(on, f"{change}, {_FREE}", build_id, forge, reason[:500], delay_seconds, 0 if counts else 1)
 
 
 async def release(pool: Pool, forge: str) -> None:
@@ -185,12 +204,11 @@ async def _guarded(on: Connection | Pool, change: str, build_id: str, forge: str
         forge,
         *values,
     )
-    return tag == "UPDATE 1"
+    return bool(tag == "UPDATE 1")
 
 
-def _build(row: Mapping[str, Any]) -> Build:
+def _build(row: asyncpg.Record) -> Build:
     fields = dict(row)
     fields["interface"] = json.loads(fields["interface"])
     fields["symbols"] = json.loads(fields["symbols"])
     return Build.model_validate(fields)
-
