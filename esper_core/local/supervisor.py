@@ -14,13 +14,13 @@ import asyncio
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import signal
 import sys
 import time
 from pathlib import Path
 
+from esper_core import log
 from esper_core.config import PlatformConfig
 from esper_core.errors import EsperError
 from esper_core.local import state
@@ -36,7 +36,7 @@ _LONG_LIFE = 10.0  # seconds; who lived longer is restarted at once
 _ORPHAN_SECONDS = 10.0  # to end, before it is killed
 _GIVEN_UP_AFTER = 3  # lives that ended before ready, until it counts as failed
 
-log = logging.getLogger("esper.supervisor")
+_log = log.get("supervisor")
 
 
 class Supervisor:
@@ -87,7 +87,7 @@ class Supervisor:
             never_ready = 0 if self._states[child.name].seconds is not None else never_ready + 1
             short_lives = 0 if time.monotonic() - begun > _LONG_LIFE else short_lives + 1
             phase = Phase.FAILED if never_ready >= _GIVEN_UP_AFTER else Phase.RESTARTING
-            log.warning("child=%s event=ended phase=%s message=%r", child.name, phase, message)
+            _log.warning("child ended", child=child.name, phase=phase.value, how=message)
             self._note(child, phase=phase, healthy=False, pid=None, born=None, message=message)
             await asyncio.sleep(min(_BACKOFF_FIRST * 2 ** max(short_lives - 1, 0), _BACKOFF_MOST))
             self._note(child, restarts=self._states[child.name].restarts + 1)
@@ -104,7 +104,7 @@ class Supervisor:
             return f"{error} {getattr(error, 'hint', '')}".strip()
         self._processes[child.name] = process
         self._note(child, pid=process.pid, born=state.born(process.pid))
-        log.info("child=%s event=started pid=%d", child.name, process.pid)
+        _log.info("child started", child=child.name, pid=process.pid)
         watching = asyncio.create_task(self._watch(child, process.pid))
         try:
             code = await process.wait()
@@ -134,13 +134,13 @@ class Supervisor:
                     took = now.seconds if now.seconds is not None else round(time.monotonic() - begun, 3)
                     self._note(child, phase=Phase.READY, healthy=True, seconds=took, message="")
                     self._ready[child.name].set()
-                    log.info("child=%s event=ready pid=%s seconds=%.3f", child.name, pid, took)
+                    _log.info("child ready", child=child.name, pid=pid, seconds=took)
             await asyncio.sleep(_POLL_READY if self._states[child.name].healthy else _POLL_STARTING)
 
     async def _end(self, child: Child) -> None:
         process = self._processes.get(child.name)
         if process is not None and not await stop(child, process):
-            log.warning("child=%s event=killed seconds=%.1f", child.name, child.stop_seconds)
+            _log.warning("child did not end in time and was killed", child=child.name, seconds=child.stop_seconds)
         self._note(child, phase=Phase.STOPPED, healthy=False, pid=None, born=None)
 
     def _note(self, child: Child, **changes: object) -> None:
@@ -152,7 +152,7 @@ class Supervisor:
         try:
             state.write(self._layout.state, known)
         except OSError as error:  # a full disk must not take the supervision away
-            log.error("event=state-not-written error=%s", error.strerror)
+            _log.error("state not written", error=error.strerror)
 
 
 def clear_orphans(layout: Layout) -> list[str]:
@@ -191,13 +191,11 @@ def main(data_dir: str) -> int:
         print(json.dumps(fault), flush=True)  # noqa: T201 - the caller reads it
         return FAULT
     _detach(output)
-    logging.basicConfig(
-        format="%(asctime)s level=%(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr, force=True
-    )
+    log.configure("supervisor", json=True)
     if orphans:
-        log.warning("event=orphans-ended names=%s", ",".join(orphans))
+        _log.warning("ended what a killed supervisor left", children=orphans)
     asyncio.run(_supervise(layout, planned))
-    log.info("event=stopped")
+    _log.info("stopped")
     return 0
 
 
