@@ -9,8 +9,10 @@ Redaction goes by the names of keys and by the shape of text (URL userinfo, bear
 
 from __future__ import annotations
 
+import functools
 import json as jsonlib
 import logging
+import math
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -34,8 +36,7 @@ _SHAPES = (
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1 {HIDDEN}"),
     (
         re.compile(
-            rf"([\w-]*(?:{_SENSITIVE})[\w-]*[\"']?\s*[=:]\s*)(?!\s|SecretStr|{re.escape(HIDDEN)})"
-            r"(\"[^\"]*\"|'[^']*'|[^\s,;&)}\]]+)",
+            rf"((?:{_SENSITIVE})[\w-]*[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|[^\s,;&)}}\]]+)",
             re.IGNORECASE,
         ),
         rf"\1{HIDDEN}",
@@ -87,7 +88,7 @@ def get(name: str) -> structlog.typing.FilteringBoundLogger:
 
 def redact(value: Any, depth: int = 0) -> Any:
     """``value`` without what looks secret, in plain types that JSON has."""
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, SecretStr | SecretBytes):
         return HIDDEN
@@ -132,7 +133,7 @@ class _Bridge(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         logger = get(record.name)
         level = max(logging.DEBUG, min(record.levelno // 10 * 10, logging.CRITICAL))
-        logger.log(level, record.getMessage().replace("%", "%%"), exc_info=record.exc_info)
+        logger.log(level, record.getMessage(), exc_info=record.exc_info)
 
 
 def _admit(_logger: Any, method: str, event: _Event) -> _Event:
@@ -158,10 +159,14 @@ def _render(logger: Any, method: str, event: _Event) -> str:
     shown = {key: _CONTROL.sub(_escaped, value) if isinstance(value, str) else value for key, value in event.items()}
     if trace is not None:
         shown["exception"] = trace
-    console = structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
+    return str(_console(sys.stderr.isatty())(logger, method, shown))
+
+
+@functools.cache
+def _console(colors: bool) -> structlog.dev.ConsoleRenderer:
+    return structlog.dev.ConsoleRenderer(
+        colors=colors, exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
     )
-    return str(console(logger, method, shown))
 
 
 def _escaped(match: re.Match[str]) -> str:

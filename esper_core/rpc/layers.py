@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,18 @@ async def explained(call: Call, request: Any, proceed: Proceed) -> Any:
         raise
     except EsperError as error:
         incident = _incident(call, error) if isinstance(error, Internal) else ""
-        await call.context.abort_with_status(to_status(error, incident))
+        await _abort(call, error, incident)
     except Exception as error:  # the boundary: its text must not reach the caller, nor the server die
         if call.context.done():
             raise asyncio.CancelledError from error  # the caller is gone; a write to it has failed
         incident = _incident(call, error)
-        told = Internal("an internal error", hint=f"the platform's log explains incident {incident}")
-        await call.context.abort_with_status(to_status(told, incident))
+        await _abort(call, Internal("an internal error", hint=f"the log explains incident {incident}"), incident)
+
+
+async def _abort(call: Call, error: EsperError, incident: str) -> None:
+    if call.context.done():
+        raise asyncio.CancelledError from error  # nobody is left to be told
+    await call.context.abort_with_status(to_status(error, incident))
 
 
 def _incident(call: Call, error: Exception) -> str:
@@ -225,18 +230,27 @@ def _step(layer: Layer, call: Call, proceed: Proceed) -> Proceed:
 async def _answer(servant: Callable[..., Any], call: Call, request: Any, idle: float) -> Any:
     """Run the servicer's method."""
     if inspect.isasyncgenfunction(servant):
-        async with contextlib.aclosing(servant(request, call.context)) as responses:
-            async for response in responses:
-                await _write(call, response, idle)
-        return None
+        return await _stream(servant(request, call.context), call, idle)
     if not inspect.iscoroutinefunction(servant):
         raise Unsupported(f"{call.method} is not served here", hint="client and platform may differ in version")
     return await servant(request, call.context)
 
 
-async def _write(call: Call, response: Any, idle: float) -> None:
+async def _stream(responses: AsyncGenerator[Any, None], call: Call, idle: float) -> None:
+    """Send ``responses``; a client that stops reading does not keep the servicer waiting."""
+    writing: asyncio.Future[None] | None = None
     try:
-        async with asyncio.timeout(idle):
-            await call.context.write(response)
-    except TimeoutError:
-        raise DeadlineExceeded(f"the client took no message for {idle:g} s", hint="read without long pauses") from None
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                writing = asyncio.ensure_future(call.context.write(response))
+                await asyncio.wait({writing}, timeout=idle)
+                if not writing.done():
+                    break
+                writing.result()
+                writing = None
+        if writing is not None:
+            await writing  # gRPC can send no status past a message that is stuck
+            raise DeadlineExceeded(f"the client took no message for {idle:g} s", hint="read without long pauses")
+    finally:
+        if writing is not None:
+            writing.cancel()
