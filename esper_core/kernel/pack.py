@@ -64,7 +64,7 @@ def _checked(blob: bytes, manifest: KernelManifest, module: KernelModule) -> dic
         raise Corrupt(f"{name}: the blob does not match its digest", hint=REBUILD)
     try:
         state = safetensors.load(blob)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a dtype that safetensors knows and torch does not
         raise Corrupt(f"{name}: the blob is no safetensors file", hint=REBUILD) from error
     expected = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in module.state_dict().items()}
     found = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in state.items()}
