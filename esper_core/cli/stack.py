@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _NO_VARIABLES = "ESPERCTL-NONE "
 """A prefix no variable has: what was typed wins over the environment, which was read before it."""
+_SERVICES = "services"
+"""The child that answers gRPC; a platform may be started without it."""
 _HEALTH_SECONDS = 2.0
 
 PortOption = typer.Option(min=1, max=65535, show_default="a free one, kept", rich_help_panel="Our own servers")
@@ -48,10 +50,10 @@ def up(
     s3_port: Annotated[int | None, PortOption] = None,
     metrics_port: Annotated[int | None, PortOption] = None,
 ) -> None:
-    """Start the platform and wait until all of it works. On a running platform: say so.
+    """Start the platform and wait until all of it works.
 
-    Starts NATS, PostgreSQL, an S3 server and the services under one data directory, on loopback and unix sockets, and
-    heals what dies. Settings: options win over ESPER_* variables, which win over the file.
+    Starts NATS, PostgreSQL, an S3 server and the services under one data directory, on loopback and unix
+    sockets, and heals what dies. May be repeated. Options win over ESPER_* variables, which win over the file.
 
     Example:  esperctl up --data-dir /data/esper
 
@@ -74,7 +76,9 @@ def up(
 
 
 def down(call: Invocation) -> None:
-    """Stop the platform and leave its data. On a stopped platform: say so.
+    """Stop the platform and leave its data.
+
+    May be repeated.
 
     Example:  esperctl down
     """
@@ -89,7 +93,9 @@ def down(call: Invocation) -> None:
 
 
 def status(call: Invocation) -> None:
-    """Say what runs and whether it is healthy; exit code 8 when something is not.
+    """Say what runs and whether it is healthy.
+
+    Exit code 8 when something is not.
 
     Example:  esperctl status -o json | jq .healthy
     """
@@ -97,7 +103,8 @@ def status(call: Invocation) -> None:
 
     settings = _settings(call, None, {})
     found = stack.status(settings)
-    served = asyncio.run(_served(call)) if found.running else {}
+    serving = found.running and any(child.name == _SERVICES for child in found.children)
+    served = asyncio.run(_served(call)) if serving else {}
     healthy = found.healthy and all(answer == "SERVING" for answer in served.values())
     document = _document(found) | {"healthy": healthy, "services": served}
     summary = [
@@ -124,6 +131,7 @@ class _Progress:
         self._waiting: Status | None = self._page.status("starting") if sys.stderr.isatty() else None
         self._begun: dict[str, float] = {}
         self._pending: list[str] = []
+        self._quiet = False
 
     def __enter__(self) -> _Progress:
         if self._waiting:
@@ -135,10 +143,15 @@ class _Progress:
             self._waiting.stop()
 
     def __call__(self, name: str, phase: str, seconds: float) -> None:
+        if phase == "running already":
+            self._page.print("the platform is running already")
+            self._quiet = True
+        if self._quiet and phase == "ready":
+            return
         if phase == "starting":
             self._begun.setdefault(name, seconds)
             self._pending.append(name)
-        elif phase != "waiting":
+        elif phase not in ("waiting", "running already"):
             took = seconds - self._begun.get(name, 0.0)
             style = {"ready": "green", "failed": "bold red", "restarting": "yellow"}.get(phase, STYLES.get(phase, ""))
             line = words(f"{name:<12} ", cell(phase))
@@ -169,7 +182,7 @@ def _settings(call: Invocation, path: Path | None, options: Mapping[str, Mapping
 
 
 async def _served(call: Invocation) -> dict[str, str]:
-    """What each service answers when asked for its health; an error's message when it does not answer."""
+    """What each service answers when asked for its health; how it failed when it does not answer."""
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     from esper_core.cli.platform import SERVICES, dial, stub
@@ -182,8 +195,10 @@ async def _served(call: Invocation) -> dict[str, str]:
             try:
                 answer = await health.Check(request, timeout=_HEALTH_SECONDS)
                 answers[name] = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+            except Unavailable:
+                answers[name] = "UNREACHABLE"
             except EsperError as failure:
-                answers[name] = failure.message
+                answers[name] = failure.status
     return answers
 
 

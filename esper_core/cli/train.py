@@ -46,7 +46,9 @@ def train(
         int | None, typer.Option(min=1, help="Train this often, with one seed after the other.", show_default="1")
     ] = None,
 ) -> None:
-    """Train a network and let it grow, in the foreground; Ctrl-C stops it so that --resume can go on.
+    """Train a network and let it grow, in the foreground.
+
+    Ctrl-C stops it at a point from which --resume goes on.
 
     Example:  esperctl train --list
 
@@ -78,9 +80,14 @@ def train(
 
 def become_trainer(arguments: Sequence[str]) -> None:
     """Replace this process by ``python -m services.tolaria``; does not return."""
+    from esper_core.local.services import import_path
+
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-P", "-m", TRAINER, *arguments])  # noqa: S606 - no shell is wanted
+    environment = {**os.environ, "PYTHONPATH": import_path()}
+    os.execve(  # noqa: S606 - no shell is wanted
+        sys.executable, [sys.executable, "-P", "-m", TRAINER, *arguments], environment
+    )
 
 
 def _source(given: str | None) -> str:
