@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import asyncpg
 from pydantic import BaseModel, ConfigDict
 
 from esper_core.errors import NotFound
-from esper_core.kernel.manifest import KernelStatus, Measurement
+from esper_core.kernel.record import KernelStatus, Measurement
 
 LEASE_SECONDS = 30.0
 
@@ -132,10 +132,13 @@ async def finish(
     return await _guarded(connection, change, kernel_id, judge, int(verdict), reason[:500], figures, list(tags))
 
 
-async def postpone(pool: Pool, kernel_id: str, judge: str, *, reason: str, delay_seconds: float) -> bool:
-    """Put a claimed evaluation back into the queue, not to be tried for a while; False when the claim was lost."""
-    change = f"phase = 1, reason = $3, not_before = now() + make_interval(secs => $4), {_FREE}"
-    return await _guarded(pool, change, kernel_id, judge, reason[:500], delay_seconds)
+async def postpone(pool: Pool, kernel_id: str, judge: str, *, reason: str, delay_seconds: float, counts: bool) -> bool:
+    """Put a claimed evaluation back into the queue, not to be tried for a while; False when the claim was lost.
+
+    ``counts``: whether the attempt just made is held against it.
+    """
+    change = "phase = 1, reason = $3, not_before = now() + make_interval(secs => $4), attempts = attempts - $5"
+    return await _guarded(pool, f"{change}, {_FREE}", kernel_id, judge, reason[:500], delay_seconds, 0 if counts else 1)
 
 
 async def release(pool: Pool, judge: str) -> None:
@@ -149,9 +152,7 @@ async def release(pool: Pool, judge: str) -> None:
 
 async def forget(pool: Pool, kernel_id: str, judge: str) -> None:
     """Drop a claimed evaluation of a kernel that does not exist."""
-    await pool.execute(
-        "DELETE FROM urabrask.evaluations WHERE kernel_id = $1 AND claimed_by = $2", kernel_id, judge
-    )
+    await pool.execute("DELETE FROM urabrask.evaluations WHERE kernel_id = $1 AND claimed_by = $2", kernel_id, judge)
 
 
 async def population(pool: Pool, target: str) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.blueprint.interface import SlotInterface
-from esper_core.kernel.manifest import Measurement
+from esper_core.kernel.record import Measurement
 from services.sandbox import peak_memory, target
 from services.urabrask.safety import Make, awaken, gradient_norm, gradients, shapes
 

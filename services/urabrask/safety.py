@@ -1,4 +1,4 @@
-"""The safety phase: runs a kernel on ordinary, empty and extreme inputs and says what is wrong with it. In the child only.
+"""The safety phase: a kernel on ordinary, empty and extreme inputs, and what is wrong with it. In the child only.
 
 A kernel is looked at twice: as it is inserted, where it must add exactly nothing and yet be able to learn; and awake,
 with every weight moved off its initial value, as training will leave it, where it must stay finite, repeatable and
@@ -32,7 +32,7 @@ MAX_GRADIENT, MIN_GRADIENT = 1e6, 1e-10
 """Range that the norm of an awake kernel's parameter gradient must stay in."""
 
 
-class Unfit(Exception):
+class Unfit(Exception):  # noqa: N818 - a finding, not a failure
     """The kernel must not be used; the message says why."""
 
 
@@ -102,7 +102,9 @@ def _asleep(module: nn.Module, x: Tensor, leaves: tuple[int, ...], name: str) ->
     if tuple(y.shape) != leaves:
         raise Unfit(f"it gives shape {tuple(y.shape)} where the slot needs {leaves}")
     if torch.count_nonzero(y):
-        raise Unfit(f"as inserted it adds up to {float(y.abs().max()):.3g} to the host for {name} input instead of nothing")
+        raise Unfit(
+            f"as inserted it adds up to {float(y.abs().max()):.3g} to the host for {name} input instead of nothing"
+        )
 
 
 def _can_learn(module: nn.Module, x: Tensor) -> None:

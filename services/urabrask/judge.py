@@ -1,0 +1,200 @@
+"""The judge: takes kernels one after the other through static, safety and benchmark, and says what came of it.
+
+Only what was measured on the very bytes in the library leads to VALIDATED; every way of failing leads to REJECTED,
+after ``MAX_ATTEMPTS`` where the failure could be the surroundings' (a child that died or ran out of time). While the
+library is away nothing is decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+
+import asyncpg
+
+from esper_core import log
+from esper_core.blueprint.analyse import analyse
+from esper_core.bus import subjects
+from esper_core.bus.envelope import wrap
+from esper_core.bus.outbox import enqueue
+from esper_core.errors import EsperError, InvalidInput, NotFound, Unavailable, Untrusted
+from esper_core.ids import new_id
+from esper_core.kernel.manifest import KernelManifest
+from esper_core.kernel.record import KernelRecord, KernelStatus, Measurement
+from esper_core.kernel.trust import TrustList, verify_statement
+from esper_core.pb.esper.bus.v1 import bus_pb2
+from esper_core.pb.esper.core.v1 import kernel_pb2
+from esper_core.rpc.convert import to_proto
+from services.bell import Bell
+from services.child import WarmChild
+from services.lease import held
+from services.sandbox import Job, Limits
+from services.urabrask import evaluations
+from services.urabrask.evaluations import Claim, Phase
+from services.urabrask.library import Library
+from services.urabrask.tags import tags_for
+from services.urabrask.verdict import Verdict
+
+PRINCIPAL = "urabrask"
+NEWS = "urabrask"
+MODULE = "services.urabrask.bench"
+LIMITS = Limits(wall_seconds=60.0, cpu_seconds=60.0, memory_bytes=6 << 30)
+MAX_ATTEMPTS = 3
+RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 60.0
+AWAY_SECONDS = 2.0
+
+LOG = log.get(PRINCIPAL)
+
+
+class Judge:
+    """One bench and its judge.
+
+    Args:
+        database: where the evaluations are.
+        bell: rings when there may be a new kernel.
+        library: where kernels are read and verdicts go.
+        trust: path of the list of keys whose build statements count.
+        limits: of the child.
+    """
+
+    def __init__(
+        self,
+        database: asyncpg.Pool[asyncpg.Record],
+        bell: Bell,
+        library: Library,
+        trust: Path,
+        limits: Limits = LIMITS,
+    ) -> None:
+        self._database, self._bell, self._library, self._trust = database, bell, library, trust
+        self._name = f"judge-{new_id()}"
+        self.child = WarmChild(MODULE, limits)
+
+    async def run(self) -> None:
+        """Judge until cancelled, or until the platform begins to stop.
+
+        Raises:
+            asyncpg.PostgresError, OSError: the database is away; what was claimed is taken up again by the next run.
+        """
+        try:
+            await evaluations.release(self._database, self._name)
+            while True:
+                rung = self._bell.expect(NEWS)
+                claim = await evaluations.claim(self._database, self._name)
+                if claim is None:
+                    await self._bell.wait(rung)
+                else:
+                    await self._judge(claim)
+        except Unavailable:
+            return
+        finally:
+            await self.child.close()
+            await evaluations.release(self._database, self._name)
+
+    async def _judge(self, claim: Claim) -> None:
+        renew = partial(evaluations.renew, self._database, claim.kernel_id, self._name)
+        try:
+            async with held(renew, evaluations.LEASE_SECONDS / 3):
+                record = await self._library.find(claim.kernel_id)
+                verdict = await self._examined(claim, record)
+                if not verdict.standing:
+                    await self._library.tell(record, verdict)
+        except NotFound:
+            LOG.warning("evaluation.no_such_kernel", kernel_id=claim.kernel_id)
+            await evaluations.forget(self._database, claim.kernel_id, self._name)
+        except EsperError as error:
+            await self._postpone(claim, error)
+        else:
+            await self._announce(record, verdict)
+
+    async def _examined(self, claim: Claim, record: KernelRecord) -> Verdict:
+        if record.status in (KernelStatus.REJECTED, KernelStatus.RETIRED):
+            return Verdict.as_it_stands(record)
+        try:
+            measurement = await self._phases(record)
+        except (InvalidInput, Untrusted) as finding:
+            return Verdict.unfit(record, finding.message)
+        except Unavailable:
+            raise
+        except EsperError as error:
+            if claim.attempts < MAX_ATTEMPTS:
+                raise
+            return Verdict.unfit(record, f"{MAX_ATTEMPTS} attempts ended with: {error.message}")
+        population = await evaluations.population(self._database, measurement.target)
+        return Verdict.fit(measurement, tags_for(record.manifest, measurement, population))
+
+    async def _phases(self, record: KernelRecord) -> Measurement:
+        """Through all three phases.
+
+        Raises:
+            InvalidInput, Untrusted: the kernel is unfit.
+            EsperError: it could not be found out.
+        """
+        manifest = record.manifest
+        self._static(record)
+        blob = await self._library.fetch(manifest)
+        path = self.child.scratch / manifest.kernel_id
+        await asyncio.to_thread(path.write_bytes, blob)
+        try:
+            await self._run(manifest, Phase.SAFETY, "safety", path)
+            answer = await self._run(manifest, Phase.BENCHMARK, "benchmark", path)
+        finally:
+            path.unlink(missing_ok=True)
+        measurement = Measurement.model_validate(answer["measurement"])
+        if not measurement.deterministic:
+            raise InvalidInput("two equal calls give different results")
+        return measurement
+
+    def _static(self, record: KernelRecord) -> None:
+        manifest = record.manifest
+        analysis = analyse(manifest.blueprint, manifest.interface, manifest.symbols)
+        if (manifest.parameters, manifest.flops) != (analysis.parameters, analysis.flops):
+            raise InvalidInput("the manifest's figures are not those of its blueprint")
+        if not record.attestations:
+            raise Untrusted("there is no build statement")
+        verify_statement(manifest, record.attestations[0], TrustList.load(self._trust), "build")
+
+    async def _run(self, manifest: KernelManifest, phase: Phase, work: str, path: Path) -> Job:
+        await evaluations.enter(self._database, manifest.kernel_id, self._name, phase)
+        answer = await self.child.ask({"do": work, "manifest": manifest.model_dump(mode="json"), "blob": str(path)})
+        if finding := answer.get("unfit"):
+            raise InvalidInput(finding)
+        return answer
+
+    async def _announce(self, record: KernelRecord, verdict: Verdict) -> None:
+        kernel_id = record.manifest.kernel_id
+        message = bus_pb2.KernelCharacterized(
+            kernel_id=kernel_id,
+            status=kernel_pb2.KernelStatus.ValueType(verdict.announced),
+            reason=verdict.reason[:500],
+            tags=verdict.tags,
+            interface_id=record.interface_id,
+        )
+        if verdict.measurement is not None:
+            message.measurement.CopyFrom(to_proto(verdict.measurement, kernel_pb2.Measurement))
+        async with self._database.acquire() as connection, connection.transaction():
+            done = await evaluations.finish(
+                connection,
+                kernel_id,
+                self._name,
+                verdict=verdict.status,
+                reason=verdict.reason,
+                measurement=verdict.measurement,
+                tags=verdict.tags,
+            )
+            if done:
+                await enqueue(connection, subjects.KERNEL_CHARACTERIZED.of(), wrap(message, producer=PRINCIPAL))
+        LOG.info("kernel.judged", kernel_id=kernel_id, verdict=verdict.status.name, reason=verdict.reason, told=done)
+
+    async def _postpone(self, claim: Claim, error: EsperError) -> None:
+        reason = f"{type(error).__name__}: {error.message}"
+        LOG.warning("evaluation.postponed", kernel_id=claim.kernel_id, reason=reason)
+        away = isinstance(error, Unavailable)
+        await evaluations.postpone(
+            self._database,
+            claim.kernel_id,
+            self._name,
+            reason=reason,
+            delay_seconds=AWAY_SECONDS if away else min(RETRY_SECONDS * 2**claim.attempts, MAX_RETRY_SECONDS),
+            counts=not away,
+        )

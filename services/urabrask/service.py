@@ -1,0 +1,49 @@
+"""Urabrask: what to serve, which event brings kernels, and the judge who measures them."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from esper_core.bus import subjects
+from esper_core.bus.envelope import Event
+from esper_core.bus.inbox import consume
+from esper_core.pb.esper.bus.v1 import bus_pb2
+from esper_core.pb.esper.urabrask.v1 import urabrask_pb2_grpc
+from esper_core.pb.esper.urza.v1 import urza_pb2_grpc
+from esper_core.rpc.server import ServedService
+from services.bell import Bell
+from services.runtime import Platform, Service
+from services.urabrask import evaluations
+from services.urabrask.evaluations import Connection
+from services.urabrask.judge import NEWS, PRINCIPAL, Judge
+from services.urabrask.library import Library
+from services.urabrask.servicer import UrabraskServicer
+
+SERVICE = "esper.urabrask.v1.UrabraskService"
+TRUST_FILE = "trust.json"
+
+
+async def build(platform: Platform) -> Service:
+    """The evaluation engine over the schema ``urabrask``."""
+    keys = platform.endpoints.keys_dir
+    stub = urza_pb2_grpc.UrzaServiceStub(platform.channel(PRINCIPAL))  # type: ignore[no-untyped-call]
+    library = Library(stub, keys / f"{PRINCIPAL}.key")
+    judge = Judge(platform.database, platform.bell, library, keys / TRUST_FILE)
+    kernels = partial(
+        consume,
+        platform.database,
+        platform.bus,
+        durable="urabrask-kernels",
+        subjects=(subjects.KERNEL_READY.of(),),
+        handler=partial(on_kernel, platform.bell),
+    )
+    register = urabrask_pb2_grpc.add_UrabraskServiceServicer_to_server
+    served = ServedService(SERVICE, register, UrabraskServicer(platform.database, platform.bell, library))
+    return Service(PRINCIPAL, (served,), (kernels, judge.run))
+
+
+async def on_kernel(bell: Bell, connection: Connection, event: Event) -> None:
+    """Queue a kernel that has been built, in the transaction that also notes the event's id."""
+    message: bus_pb2.KernelReady = event.message
+    await evaluations.add(connection, message.kernel_id, message.interface_id)
+    await bell.ring(connection, NEWS)

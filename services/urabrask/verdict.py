@@ -1,0 +1,46 @@
+"""A verdict: what becomes of a kernel, and on what grounds. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from esper_core.kernel.record import KernelRecord, KernelStatus, Measurement
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found.
+
+    Attributes:
+        status: what the kernel becomes.
+        standing: the library says so already and need not be told.
+    """
+
+    status: KernelStatus
+    reason: str
+    measurement: Measurement | None = None
+    tags: tuple[str, ...] = ()
+    standing: bool = False
+
+    @classmethod
+    def fit(cls, measurement: Measurement, tags: Sequence[str]) -> Verdict:
+        """Every phase was passed."""
+        return cls(KernelStatus.VALIDATED, "passed static, safety and benchmark", measurement, tuple(tags))
+
+    @classmethod
+    def unfit(cls, record: KernelRecord, reason: str) -> Verdict:
+        """A phase was not passed: REJECTED, or RETIRED when it had been validated before."""
+        before = record.status is KernelStatus.VALIDATED
+        return cls(KernelStatus.RETIRED if before else KernelStatus.REJECTED, reason[:500])
+
+    @classmethod
+    def as_it_stands(cls, record: KernelRecord) -> Verdict:
+        """What is rejected or retired stays so, whatever another measurement might say."""
+        return cls(record.status, record.reason, record.measurement, record.tags, standing=True)
+
+    @property
+    def announced(self) -> KernelStatus:
+        """What the bus is told: VALIDATED or REJECTED; a retired kernel is as little for use as a rejected one."""
+        fit = self.status is KernelStatus.VALIDATED
+        return KernelStatus.VALIDATED if fit else KernelStatus.REJECTED
