@@ -20,15 +20,13 @@ import grpc
 import grpc.aio
 import protovalidate
 from google.protobuf.message import DecodeError, Message
-from prometheus_client import Histogram
+from prometheus_client import CollectorRegistry, Histogram
 
 from esper_core import log, telemetry
 from esper_core.errors import DeadlineExceeded, EsperError, Internal, InvalidInput, Unsupported
 from esper_core.ids import new_id
 from esper_core.rpc import auth
 from esper_core.rpc.status import to_status
-
-SECONDS = Histogram("esper_rpc_seconds", "Time to serve a call, by method and status.", ("method", "code"))
 
 _MAX_FAULTS = 8
 _log = log.get("rpc")
@@ -57,23 +55,34 @@ Proceed = Callable[[Any], Awaitable[Any]]
 Layer = Callable[[Call, Any, Proceed], Awaitable[Any]]
 
 
-async def observed(call: Call, request: Any, proceed: Proceed) -> Any:
-    """Put the work under the caller's trace, and time it."""
-    header = dict(call.context.invocation_metadata() or ()).get(telemetry.HEADER, "")
-    started, code = time.monotonic(), "OK"
-    with telemetry.use(header if isinstance(header, str) else ""):
-        try:
-            return await proceed(request)
-        except asyncio.CancelledError:
-            code = "CANCELLED"
-            raise
-        except grpc.aio.AbortError:
-            code = call.context.code().name
-            raise
-        finally:
-            seconds = time.monotonic() - started
-            SECONDS.labels(call.method, code).observe(seconds)
-            _log.debug("served", method=call.method, code=code, seconds=round(seconds, 6))
+def observed(registry: CollectorRegistry | None) -> Layer:
+    """Put the work under the caller's trace, and time it.
+
+    Args:
+        registry: where ``esper_rpc_seconds`` (by method and code) is kept; ``None``: only the log is told.
+    """
+    labels = ("method", "code")
+    times = Histogram("esper_rpc_seconds", "Time to serve a call.", labels, registry=registry) if registry else None
+
+    async def layer(call: Call, request: Any, proceed: Proceed) -> Any:
+        header = dict(call.context.invocation_metadata() or ()).get(telemetry.HEADER, "")
+        started, code = time.monotonic(), "OK"
+        with telemetry.use(header if isinstance(header, str) else ""):
+            try:
+                return await proceed(request)
+            except asyncio.CancelledError:
+                code = "CANCELLED"
+                raise
+            except grpc.aio.AbortError:
+                code = call.context.code().name
+                raise
+            finally:
+                seconds = time.monotonic() - started
+                if times:
+                    times.labels(call.method, code).observe(seconds)
+                _log.debug("served", method=call.method, code=code, seconds=round(seconds, 6))
+
+    return layer
 
 
 async def explained(call: Call, request: Any, proceed: Proceed) -> Any:

@@ -18,6 +18,7 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.reflection import SERVICE_NAME as REFLECTION
 from grpc_reflection.v1alpha.reflection import enable_server_reflection
+from prometheus_client import CollectorRegistry
 
 from esper_core import log
 from esper_core.errors import Internal, InvalidInput, Unavailable
@@ -92,6 +93,7 @@ async def serve(
     max_concurrent: int = 256,
     deadline: float = 30.0,
     idle: float = 30.0,
+    metrics: CollectorRegistry | None = None,
 ) -> RunningServer:
     """Listen on ``host``:``port`` (0: any free port) and report SERVING.
 
@@ -102,6 +104,7 @@ async def serve(
         max_concurrent: calls at once, streams included; more are refused with RESOURCE_EXHAUSTED.
         deadline: seconds that a call without streams may take at most.
         idle: seconds that a stream may stand still because of the client.
+        metrics: registry that counts and times the calls; one server per registry.
 
     Raises:
         InvalidInput: no certificates, or they are not what they should be.
@@ -116,7 +119,7 @@ async def serve(
     names = tuple(service.name for service in served)
     _listed((*names, health.SERVICE_NAME, REFLECTION), policy)
     layers: tuple[Layer, ...] = (
-        observed,
+        observed(metrics),
         explained,
         authenticated(policy),
         punctual(deadline, idle),

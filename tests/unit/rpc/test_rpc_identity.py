@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client import CollectorRegistry
 
 from esper_core import errors, telemetry
 from esper_core.pb.esper.urza.v1 import urza_pb2, urza_pb2_grpc
@@ -137,6 +138,24 @@ def test_missing_certificates_say_where_they_come_from(tmp_path: Path) -> None:
 
 def test_a_key_is_not_shown(tls_dir: Path) -> None:
     assert "PRIVATE" not in repr(ServerTls.read(tls_dir))
+
+
+async def test_calls_are_counted_by_method_and_outcome(site: Any) -> None:
+    registry = CollectorRegistry()
+    here = await site(metrics=registry)
+    stub = await here.stub()
+    await stub.ListBlueprints(LIST)
+    for _ in range(2):
+        with pytest.raises(errors.Forbidden):
+            await stub.UploadKernel(iter([]))
+    await here.server.stop(1)
+    counted = {
+        (sample.labels["method"].rpartition("/")[2], sample.labels["code"]): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+        if sample.name == "esper_rpc_seconds_count"
+    }
+    assert counted == {("ListBlueprints", "OK"): 1, ("UploadKernel", "PERMISSION_DENIED"): 2}
 
 
 async def test_reflection_lists_what_is_served(site: Any) -> None:
