@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esper_core.config import ENDPOINTS_FILE
-from esper_core.errors import InvalidInput
+from esper_core.errors import Forbidden, InvalidInput
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,16 @@ class Layout:
 
         Raises:
             InvalidInput: the place cannot be written.
+            Forbidden: it is another user's; what two accounts write, neither can use.
         """
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            owner = self.root.stat().st_uid
+            if owner != os.geteuid():
+                raise Forbidden(
+                    f"the data directory {self.root} belongs to user {owner}, this is user {os.geteuid()}",
+                    hint="use the account that made it, or choose another with ESPER_DATA_DIR",
+                )
             self.root.chmod(0o711 if os.geteuid() == 0 else 0o700)
             for part in (self.secrets, self.tls, self.keys, self.logs, self.nats, self.s3):
                 part.mkdir(mode=0o700, exist_ok=True)

@@ -79,7 +79,7 @@ class Supervisor:
         for name in child.needs:
             await self._ready[name].wait()
         if not child.command:
-            await self._watch(child, None)
+            await self._watch(child, None, time.monotonic())
         short_lives, never_ready = 0, 0
         while True:
             begun = time.monotonic()
@@ -94,7 +94,7 @@ class Supervisor:
 
     async def _live(self, child: Child) -> str:
         """Start ``child`` and stay with it until it ends; says how it ended."""
-        output = self._layout.logs / f"{child.name}.log"
+        output, begun = self._layout.logs / f"{child.name}.log", time.monotonic()
         self._note(child, phase=Phase.STARTING, started=time.time(), seconds=None)
         try:
             rotate(output)
@@ -105,7 +105,7 @@ class Supervisor:
         self._processes[child.name] = process
         self._note(child, pid=process.pid, born=state.born(process.pid))
         _log.info("child started", child=child.name, pid=process.pid)
-        watching = asyncio.create_task(self._watch(child, process.pid))
+        watching = asyncio.create_task(self._watch(child, process.pid, begun))
         try:
             code = await process.wait()
         finally:
@@ -117,9 +117,8 @@ class Supervisor:
         how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
         return f"{how}: {last_words(output)}" if code > 0 else how
 
-    async def _watch(self, child: Child, pid: int | None) -> None:
+    async def _watch(self, child: Child, pid: int | None, begun: float) -> None:
         """Ask again and again whether it does its work, and note every change of the answer."""
-        begun = time.monotonic()
         self._note(child, phase=Phase.STARTING)
         while True:
             now = self._states[child.name]
@@ -173,9 +172,9 @@ def clear_orphans(layout: Layout) -> list[str]:
 
 def main(data_dir: str) -> int:
     """Check, detach, supervise; the exit code of the process."""
+    layout = Layout(Path(data_dir))
     try:
         config = PlatformConfig.model_validate_json(sys.stdin.buffer.read())
-        layout = Layout(Path(data_dir))
         layout.create()
         lock = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -189,6 +188,10 @@ def main(data_dir: str) -> int:
     except EsperError as error:
         fault = {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
         print(json.dumps(fault), flush=True)  # noqa: T201 - the caller reads it
+        return FAULT
+    except OSError as error:  # a full or read-only disk
+        fault = {"kind": "Unavailable", "message": f"{error.filename or layout.root}: {error.strerror}"}
+        print(json.dumps(fault), flush=True)  # noqa: T201 - as above
         return FAULT
     _detach(output)
     log.configure("supervisor", json=True)

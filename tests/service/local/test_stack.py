@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from esper_core.config import Endpoints, PlatformConfig, read_endpoints
-from esper_core.errors import Conflict, InvalidInput, NotFound, Unavailable
+from esper_core.errors import Conflict, Forbidden, InvalidInput, NotFound, Unavailable
 from esper_core.local import stack, state
 
 SERVICES = (sys.executable, str(Path(__file__).with_name("tiny_services.py")))
@@ -37,6 +37,23 @@ def folder() -> Iterator[Path]:
 @pytest.fixture
 def config(folder: Path) -> PlatformConfig:
     return PlatformConfig(data_dir=folder, services_command=SERVICES)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[PlatformConfig]:
+    """A stack that several tests disturb in turn, brought up by a process that is gone."""
+    path = Path(tempfile.mkdtemp(prefix="esper-stack-"))
+    config = PlatformConfig(data_dir=path, services_command=SERVICES)
+    code = (
+        "import sys; from esper_core.config import PlatformConfig; from esper_core.local import stack;"
+        "stack.up(PlatformConfig.model_validate_json(sys.stdin.read()))"
+    )
+    try:
+        subprocess.run([sys.executable, "-c", code], input=config.model_dump_json().encode(), check=True)
+        yield config
+    finally:
+        stack.down(config)
+        shutil.rmtree(path)
 
 
 def _until(holds: Callable[[], bool], seconds: float = 20) -> float:
@@ -93,18 +110,22 @@ async def test_up_status_down_and_up_again_keep_data_ports_and_secrets(config: P
     assert {name: (config.data_dir / "secrets" / name).read_bytes() for name in files} == secrets
 
 
-async def test_every_killed_child_is_healed_at_its_old_place(config: PlatformConfig) -> None:
-    endpoints = stack.up(config)
+def _restarts(config: PlatformConfig) -> dict[str, int]:
+    return {child.name: child.restarts for child in stack.status(config).children}
+
+
+async def test_every_killed_child_is_healed_at_its_old_place(running: PlatformConfig) -> None:
+    endpoints, before = read_endpoints(running.data_dir), _restarts(running)
     await _execute(endpoints, "CREATE TABLE kept AS SELECT 7 AS number")
-    helper = int((config.data_dir / "helper.pid").read_text())
+    helper = int((running.data_dir / "helper.pid").read_text())
     for name in ALL:
-        old = _pids(config)[name]
+        old = _pids(running)[name]
         os.kill(old, signal.SIGKILL)
-        _until(lambda name=name, old=old: _pids(config).get(name, old) != old and stack.status(config).healthy)
-    restarts = {child.name: child.restarts for child in stack.status(config).children}
-    assert restarts.pop("postgres") >= 1  # it may find the memory of its last life still held, and try again
-    assert restarts == {"nats": 1, "s3": 1, "services": 1}
-    assert read_endpoints(config.data_dir) == endpoints
+        _until(lambda name=name, old=old: _pids(running).get(name, old) != old and stack.status(running).healthy)
+    healed = {name: count - before[name] for name, count in _restarts(running).items()}
+    assert healed.pop("postgres") >= 1  # it may find the memory of its last life still held, and try again
+    assert healed == {"nats": 1, "s3": 1, "services": 1}
+    assert read_endpoints(running.data_dir) == endpoints
     assert await _execute(endpoints, "SELECT number FROM kept") == 7
     assert state.born(helper) is None
 
@@ -135,30 +156,38 @@ def test_down_also_ends_what_a_killed_supervisor_left(config: PlatformConfig) ->
     assert not any(map(state.born, orphans.values()))
 
 
-def test_a_second_supervisor_is_refused(config: PlatformConfig) -> None:
-    stack.up(config)
+def test_a_second_supervisor_is_refused(running: PlatformConfig) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "esper_core.local.supervisor", str(config.data_dir)],
-        input=config.model_dump_json().encode(),
+        [sys.executable, "-m", "esper_core.local.supervisor", str(running.data_dir)],
+        input=running.model_dump_json().encode(),
         capture_output=True,
         check=False,
     )
     assert done.returncode == 3
-    assert stack.status(config).healthy
+    assert stack.status(running).healthy
 
 
-def test_a_stopped_child_is_unhealthy_and_left_alone(config: PlatformConfig) -> None:
-    stack.up(config)
-    pid = _pids(config)["nats"]
+def test_a_stopped_child_is_unhealthy_and_left_alone(running: PlatformConfig) -> None:
+    pid, before = _pids(running)["nats"], _restarts(running)
     os.kill(pid, signal.SIGSTOP)
     try:
-        _until(lambda: not stack.status(config).healthy)
-        child = stack.status(config).children[0]
-        assert (child.phase, child.pid, child.restarts) == (state.Phase.UNHEALTHY, pid, 0)
+        _until(lambda: not stack.status(running).healthy)
+        child = stack.status(running).children[0]
+        assert (child.name, child.phase, child.pid) == ("nats", state.Phase.UNHEALTHY, pid)
     finally:
         os.kill(pid, signal.SIGCONT)
-    _until(lambda: stack.status(config).healthy)
-    assert _pids(config)["nats"] == pid
+    _until(lambda: stack.status(running).healthy)
+    assert (_pids(running)["nats"], _restarts(running)) == (pid, before)
+
+
+def test_it_outlives_its_terminal(running: PlatformConfig) -> None:
+    pid = stack.status(running).pid
+    assert pid is not None
+    assert os.getsid(pid) != os.getsid(0)
+    os.kill(pid, signal.SIGHUP)
+    time.sleep(0.2)
+    assert stack.status(running).pid == pid
+    assert stack.status(running).healthy
 
 
 def test_services_that_do_not_start_are_an_error_with_their_last_words(folder: Path) -> None:
@@ -234,21 +263,6 @@ def _socket_folder(endpoints: Endpoints) -> Path:
     return Path(endpoints.postgres_dsn.get_secret_value().partition("host=")[2])
 
 
-def test_the_stack_outlives_the_process_that_started_it(config: PlatformConfig) -> None:
-    code = (
-        "import sys, json; from esper_core.config import PlatformConfig; from esper_core.local import stack;"
-        "stack.up(PlatformConfig.model_validate_json(sys.stdin.read()))"
-    )
-    subprocess.run([sys.executable, "-c", code], input=config.model_dump_json().encode(), check=True)
-    assert stack.status(config).healthy
-    pid = stack.status(config).pid
-    assert pid is not None
-    assert os.getsid(pid) != os.getsid(0)
-    os.kill(pid, signal.SIGHUP)
-    time.sleep(0.2)
-    assert stack.status(config).running
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root has the accounts and the closed directories")
 class TestUnderRoot:
     """Where PostgreSQL may not run as this user."""
@@ -290,6 +304,14 @@ class TestUnderRoot:
             assert command[0].startswith(str(config.data_dir / "postgres" / "program-"))
         finally:
             stack.down(config)
+
+    def test_another_users_directory_is_refused(self, folder: Path) -> None:
+        theirs = folder / "theirs"
+        theirs.mkdir()
+        shutil.chown(theirs, "nobody")
+        with pytest.raises(Forbidden, match="belongs to user") as caught:
+            stack.up(PlatformConfig(data_dir=theirs))
+        assert "ESPER_DATA_DIR" in caught.value.hint
 
     def test_another_user_can_run_it_too(self, folder: Path) -> None:
         code = (
