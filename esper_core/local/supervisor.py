@@ -190,7 +190,11 @@ def main(data_dir: str) -> int:
         print(json.dumps(fault), flush=True)  # noqa: T201 - the caller reads it
         return FAULT
     except OSError as error:  # a full or read-only disk
-        fault = {"kind": "Unavailable", "message": f"{error.filename or layout.root}: {error.strerror}"}
+        fault = {
+            "kind": "Unavailable",
+            "message": f"{error.filename or layout.root}: {error.strerror}",
+            "hint": "make room there, or choose another place with ESPER_DATA_DIR",
+        }
         print(json.dumps(fault), flush=True)  # noqa: T201 - as above
         return FAULT
     _detach(output)
