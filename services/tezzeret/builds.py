@@ -16,15 +16,13 @@ import asyncpg
 from pydantic import BaseModel, ConfigDict
 
 from esper_core.blueprint.interface import SlotInterface, canonical_json
+from esper_core.bus.database import Connection, Pool
 from esper_core.errors import NotFound, Unsupported, nearest
 from esper_core.ids import content_id
 
 PIPELINE = "standard"
 PIPELINES = (PIPELINE,)
 LEASE_SECONDS = 30.0
-
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
-Pool = asyncpg.Pool[asyncpg.Record]
 
 
 class BuildState(enum.IntEnum):

@@ -11,16 +11,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import asyncpg
 from pydantic import BaseModel, ConfigDict
 
+from esper_core.bus.database import Connection, Pool
 from esper_core.errors import NotFound
 from esper_core.kernel.record import KernelStatus, Measurement
 
 LEASE_SECONDS = 30.0
-
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
-Pool = asyncpg.Pool[asyncpg.Record]
 
 
 class Phase(enum.IntEnum):

@@ -15,6 +15,7 @@ from pathlib import Path
 import asyncpg
 
 from esper_core.blueprint.analyse import analyse
+from esper_core.bus.database import Connection, Pool
 from esper_core.errors import Conflict, Corrupt, Forbidden, InvalidInput, NotFound
 from esper_core.ids import sha256
 from esper_core.kernel.manifest import KernelManifest
@@ -28,8 +29,6 @@ from services.urza.records import KERNEL, kernel, kernels
 CHUNK_BYTES = 128 * 1024
 JUDGE = "urabrask"
 """The one principal that may say VALIDATED or REJECTED."""
-
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Library:
             is instant.
     """
 
-    def __init__(self, database: asyncpg.Pool[asyncpg.Record], blobs: Blobs, trust: Path) -> None:
+    def __init__(self, database: Pool, blobs: Blobs, trust: Path) -> None:
         self._database = database
         self._blobs = blobs
         self._trust = trust
