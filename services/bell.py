@@ -9,12 +9,9 @@ from __future__ import annotations
 import asyncio
 
 import asyncpg
-import asyncpg.pool
 
+from esper_core.bus.database import Connection, Pool
 from esper_core.errors import Unavailable
-
-Pool = asyncpg.Pool[asyncpg.Record]
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
 CHANNEL = "esper_news"
 CHECK_SECONDS = 5.0

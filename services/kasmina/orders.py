@@ -11,17 +11,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import asyncpg
-import asyncpg.pool
 
 from esper_core import lifecycle
+from esper_core.bus.database import Connection, Pool
 from esper_core.control.packet import Command, RampStyle
 from esper_core.errors import AlreadyExists, Conflict
 from esper_core.ids import new_id
 from esper_core.lifecycle import State
 from services.kasmina.seeds import Place, Seeds
 
-Pool = asyncpg.Pool[asyncpg.Record]
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 VALIDATED = 2
 
 

@@ -11,12 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import asyncpg
-import asyncpg.pool
-
+from esper_core.bus.database import Connection
 from esper_core.lifecycle import State
 
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 Json = Mapping[str, Any]
 
 KEPT_EPOCHS = 1000

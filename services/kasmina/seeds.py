@@ -12,10 +12,10 @@ from typing import Any
 
 import asyncpg
 
+from esper_core.bus.database import Pool
 from esper_core.errors import NotFound, nearest
 from esper_core.lifecycle import State
 
-Pool = asyncpg.Pool[asyncpg.Record]
 Json = dict[str, Any]
 
 RUNNING = 1

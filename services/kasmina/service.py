@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-import asyncpg
-import asyncpg.pool
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.bus import subjects
+from esper_core.bus.database import Connection
 from esper_core.bus.envelope import Event, wrap
 from esper_core.bus.inbox import consume
 from esper_core.bus.outbox import enqueue
@@ -34,7 +33,6 @@ from services.runtime import Platform, Service
 SERVICE = "esper.kasmina.v1.KasminaService"
 PRINCIPAL = "kasmina"
 UrzaStub: Any = urza_pb2_grpc.UrzaServiceStub  # generated without types
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
 
 class Facts:

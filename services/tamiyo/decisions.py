@@ -10,16 +10,12 @@ import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-import asyncpg
-import asyncpg.pool
-
 from esper_core.blueprint.interface import canonical_json
+from esper_core.bus.database import Connection, Pool
 from esper_core.control.packet import AdaptationSignal, Command, SystemStatePacket
 from esper_core.ids import sha256
 from services import page
 
-Pool = asyncpg.Pool[asyncpg.Record]
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 Send = Callable[[Connection, Command, AdaptationSignal], Awaitable[None]]
 """Puts an order into the outbox of the connection's transaction."""
 

@@ -16,13 +16,12 @@ from pydantic import ValidationError
 
 from esper_core import log
 from esper_core.blueprint.interface import canonical_json
+from esper_core.bus.database import Pool
 from esper_core.control.heuristic import HeuristicPolicy
 from esper_core.control.packet import AdaptationSignal, SystemStatePacket
 from esper_core.control.settings import HeuristicSettings
 from esper_core.errors import InvalidInput, NotFound, nearest
 from esper_core.ids import content_id
-
-Pool = asyncpg.Pool[asyncpg.Record]
 
 HEURISTIC = "heuristic"
 KINDS = (HEURISTIC,)
@@ -139,7 +138,7 @@ class Policies:
         await self._database.execute(
             """
             INSERT INTO tamiyo.active (version) VALUES ($1)
-            ON CONFLICT (only) DO UPDATE SET version = excluded.version
+            ON CONFLICT (single) DO UPDATE SET version = excluded.version
             """,
             version,
         )

@@ -6,8 +6,6 @@ import asyncio
 from functools import partial
 from typing import Any
 
-import asyncpg
-import asyncpg.pool
 from google.protobuf import json_format
 
 from esper_core.blueprint.interface import SlotInterface
@@ -15,6 +13,7 @@ from esper_core.blueprint.ir import BlueprintIR
 from esper_core.blueprint.widening import units
 from esper_core.bus import subjects
 from esper_core.bus.bus import Bus
+from esper_core.bus.database import Connection
 from esper_core.bus.envelope import Event, wrap
 from esper_core.bus.inbox import consume, watch
 from esper_core.bus.outbox import enqueue
@@ -37,7 +36,6 @@ PRINCIPAL = "tamiyo"
 PAGE_SIZE = 200
 RELOAD_SECONDS = 5.0
 UrzaStub: Any = urza_pb2_grpc.UrzaServiceStub  # generated without types
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 
 
 class Library:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncpg
 import grpc
 from google.protobuf import json_format
 
+from esper_core.bus.database import Pool
 from esper_core.control.packet import AdaptationSignal, SystemStatePacket
 from esper_core.pb.esper.core.v1 import decision_pb2
 from esper_core.pb.esper.tamiyo.v1 import tamiyo_pb2, tamiyo_pb2_grpc
@@ -15,7 +15,6 @@ from services.tamiyo.controller import Controller
 from services.tamiyo.decisions import Decisions, Experience
 from services.tamiyo.policies import Policies, Policy, describe
 
-Pool = asyncpg.Pool[asyncpg.Record]
 Context = grpc.aio.ServicerContext[object, object]
 
 

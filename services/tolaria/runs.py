@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
-import asyncpg.pool
 
+from esper_core.bus.database import Connection, Pool
 from esper_core.errors import NotFound, nearest
 from services import page
 
-Pool = asyncpg.Pool[asyncpg.Record]
-Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
 Json = dict[str, Any]
 
 RUNNING = 1

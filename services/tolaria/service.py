@@ -10,6 +10,7 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from esper_core.bus import subjects
+from esper_core.bus.database import Connection
 from esper_core.bus.envelope import Event
 from esper_core.bus.inbox import consume
 from esper_core.errors import InvalidInput
@@ -18,7 +19,7 @@ from esper_core.pb.esper.tolaria.v1 import tolaria_pb2_grpc
 from esper_core.rpc.server import ServedService
 from services.bell import Bell
 from services.runtime import Platform, Service
-from services.tolaria.runs import Connection, Fact, Runs
+from services.tolaria.runs import Fact, Runs
 from services.tolaria.servicer import NEWS, TolariaServicer
 
 SERVICE = "esper.tolaria.v1.TolariaService"

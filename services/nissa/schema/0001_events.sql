@@ -17,6 +17,7 @@ CREATE INDEX events_by_age ON nissa.events (created);
 
 CREATE TABLE nissa.runs (
     run_id     text PRIMARY KEY,
+    ordinal    bigint GENERATED ALWAYS AS IDENTITY UNIQUE,
     registered bigint NOT NULL DEFAULT 0,
     ended      bigint NOT NULL DEFAULT 0,
     end_state  smallint,

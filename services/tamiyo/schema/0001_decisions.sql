@@ -9,7 +9,7 @@ CREATE TABLE tamiyo.policies (
 
 -- The policy in force: one row.
 CREATE TABLE tamiyo.active (
-    only    boolean PRIMARY KEY DEFAULT true CHECK (only),
+    single  boolean PRIMARY KEY DEFAULT true CHECK (single),
     version text NOT NULL REFERENCES tamiyo.policies
 );
 
