@@ -152,7 +152,6 @@ class ServicesConfig(Section):
     data_dir: Path = Field(default_factory=default_data_dir, description="the platform's data directory")
     offline: bool = Field(False, description="no platform: decide in process, with the built-in blueprints")
     drain_seconds: float = Field(10.0, ge=0, le=3600, description="at the end, wait this long to deliver what is left")
-    cache_bytes: int = Field(128 * 1024 * 1024, ge=1024, description="memory for fetched kernels")
 
 
 class TolariaConfig(Section):

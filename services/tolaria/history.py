@@ -57,6 +57,7 @@ class Boundary(BaseModel):
     health: tuple[HealthSignal, ...] = ()
     reports: tuple[FieldReport, ...] = ()
     slots: tuple[SlotRow, ...] = ()
+    refused: tuple[str, ...] = ()
     rolled_back: bool = False
 
 

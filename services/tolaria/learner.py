@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from services.tolaria.history import Boundary, Figures
+from esper_core.control.grower import Grower
+from esper_core.control.packet import Command
+from esper_core.lifecycle import BLENDED
+from esper_core.log import get
+from esper_core.nn.host import Host
+from services.tolaria.history import Boundary, Figures, SlotRow
+
+log = get(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,3 +77,75 @@ class Plain:
 
     def finish(self) -> Finished:
         return Finished(self.model)
+
+
+class Growing:
+    """A network that may grow.
+
+    Args:
+        host: the wrapped network.
+        optimizer: over its parameters.
+        grower: over both.
+        orders: gives the orders that came since it was last called.
+    """
+
+    def __init__(
+        self, host: Host, optimizer: torch.optim.Optimizer, grower: Grower, orders: Callable[[], Iterable[Command]]
+    ) -> None:
+        self.model = host
+        self.optimizer = optimizer
+        self.grower = grower
+        self._orders = orders
+
+    def boundary(self, figures: Figures) -> Boundary:
+        for command in self._orders():
+            self.grower.command(command)
+        step = self.grower.step(
+            figures.epoch,
+            train_loss=figures.train_loss,
+            validation_loss=figures.validation_loss,
+            validation_accuracy=figures.validation_accuracy,
+        )
+        for command, reason in step.refused:
+            log.warning("order.refused", command_id=command.command_id, slot=command.slot, reason=reason)
+        health = {signal.slot: signal for signal in step.health}
+        slots = tuple(
+            SlotRow(
+                slot=seed.slot,
+                state=seed.state,
+                generation=seed.generation,
+                alpha=self.grower.alpha(seed.slot),
+                health=health[seed.slot].health if seed.slot in health else None,
+                blueprint_name=seed.blueprint_name,
+                age=figures.epoch - seed.since,
+            )
+            for seed in self.grower.seeds
+        )
+        grafted = sum(seed.parameters for seed in self.grower.seeds if seed.state in BLENDED)
+        return Boundary(
+            figures=figures.model_copy(update={"parameters": self.model.parameter_count + grafted}),
+            events=step.events,
+            signal=step.signal,
+            health=step.health,
+            reports=step.reports,
+            slots=slots,
+            refused=tuple(f"{command.target.name} {command.slot}: {reason}" for command, reason in step.refused),
+            rolled_back=step.rolled_back,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.grower.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.grower.load_state_dict(state)
+
+    def finish(self) -> Finished:
+        model, report = self.grower.finish()
+        return Finished(
+            model,
+            fossilized=report.fossilized,
+            culled=report.culled,
+            rolled_back=report.rolled_back,
+            added_parameters=report.added_parameters,
+            folded_max_abs_diff=report.folded_max_abs_diff,
+        )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from services.tolaria.history import Boundary, Figures, History
 from services.tolaria.learner import Learner
 from services.tolaria.optimization import learning_rate
 from services.tolaria.order import batches
+
+if TYPE_CHECKING:
+    from services.tolaria.facts import Facts
 
 log = get(__name__)
 CHECKPOINT_VERSION = 1
@@ -104,15 +107,18 @@ class Trainer:
         learner: what to train.
         directory: of this run; made when absent.
         watchers: told of every epoch after its checkpoint is safe.
+        facts: tells the platform of every epoch, exactly once; None without a platform.
     """
 
     def __init__(
-        self, config: TolariaConfig, data: Data, learner: Learner, directory: Path, watchers: tuple[Watcher, ...] = ()
+        self, config: TolariaConfig, data: Data, learner: Learner, directory: Path, watchers: tuple[Watcher, ...] = (),
+        facts: Facts | None = None,
     ) -> None:
         self.config = config
         self.data = data
         self.learner = learner
         self.watchers = watchers
+        self.facts = facts
         self.directory = directory
         self.checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
         self.epoch = 0
@@ -141,6 +147,8 @@ class Trainer:
         self.epoch, self.step = state["epoch"], state["step"]
         self.learner.load_state_dict(state["learner"])
         self.history = History(self.directory / "history.jsonl", self.epoch)
+        if self.facts is not None and self.boundaries:
+            self.facts.catch_up(self.boundaries[-1], state["facts"])
         torch.set_rng_state(state["rng"])
         if "cuda_rng" in state:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -165,6 +173,8 @@ class Trainer:
                 self.epoch += 1
                 if self.epoch % self.config.checkpoint.every_epochs == 0 or self.epoch == last or stop.signal:
                     self.checkpoints.save(self.epoch, self._state())
+                if self.facts is not None:
+                    self.facts.epoch(boundary)
                 for watcher in self.watchers:
                     watcher.epoch(boundary)
         finally:
@@ -175,7 +185,7 @@ class Trainer:
         """Train one epoch, look at the held-back data, and do what the boundary asks for."""
         rate = learning_rate(self.config.optimization, self.epoch)
         for group in self.learner.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+            group["lr"] = rate
         started = time.perf_counter()
         loss = self._train_rows()
         trained = time.perf_counter()
@@ -217,6 +227,7 @@ class Trainer:
             "step": self.step,
             "learner": self.learner.state_dict(),
             "rng": torch.get_rng_state(),
+            "facts": self.facts.position if self.facts is not None else 0,
         }
         if self.config.device.startswith("cuda"):
             state["cuda_rng"] = torch.cuda.get_rng_state_all()
