@@ -54,7 +54,9 @@ class Edge:
 
 _S = State
 EDGES: tuple[Edge, ...] = (
-    Edge(_S.DORMANT, _S.GERMINATED, ("kernel_validated", "kernel_fits", "not_embargoed", "within_budget", "graft_free")),
+    Edge(
+        _S.DORMANT, _S.GERMINATED, ("kernel_validated", "kernel_fits", "not_embargoed", "within_budget", "graft_free")
+    ),
     Edge(_S.GERMINATED, _S.LOADING, ("memory_granted",)),
     Edge(_S.GERMINATED, _S.CULLED, ()),
     Edge(_S.LOADING, _S.TRAINING, ("kernel_verified",)),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Mapping
+from typing import Any
 
 from esper_core.control.settings import GovernorSettings
 
@@ -44,16 +46,14 @@ class Governor:
         mean = statistics.fmean(self.calm)
         return mean + sigmas * max(statistics.pstdev(self.calm), 0.05 * abs(mean))
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""
         return {"calm": list(self.calm), "alarms": self.alarms}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict``."""
-        calm, alarms = state["calm"], state["alarms"]
-        assert isinstance(calm, list) and isinstance(alarms, int)  # noqa: S101
-        self.calm = deque(calm, maxlen=self.settings.window)
-        self.alarms = alarms
+        self.calm = deque(state["calm"], maxlen=self.settings.window)
+        self.alarms = state["alarms"]
 
     def _alarming(self, loss: float) -> bool:
         if len(self.calm) < 2:

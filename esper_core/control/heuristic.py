@@ -66,12 +66,15 @@ class HeuristicPolicy:
         busy = sum(slot.state in IN_FLIGHT for slot in packet.slots)
         room = min(self.settings.adaptations_per_epoch, packet.budget.adaptations, self.settings.in_flight - busy)
         if busy >= self.settings.in_flight:
-            return [], [Reason(code=ReasonCode.GRAFT_IN_FLIGHT, detail="one graft at a time keeps credit clear", value=busy)]
+            return [], [
+                Reason(code=ReasonCode.GRAFT_IN_FLIGHT, detail="one graft at a time keeps credit clear", value=busy)
+            ]
         if room <= 0:
             return [], [Reason(code=ReasonCode.NO_BUDGET, detail="no adaptation left for this epoch", value=room)]
         open_slots = [slot for slot in packet.slots if slot.state is State.DORMANT]
+        abstentions: list[Reason] = []
         if _mute(open_slots):
-            ranked, abstentions = [_turn(open_slots)], []
+            ranked = [_turn(open_slots)]
         else:
             ranked, abstentions = self._rank(packet.epoch, open_slots)
         choices: list[Choice] = []
@@ -84,7 +87,7 @@ class HeuristicPolicy:
                 abstentions.append(choice)
                 continue
             choices.append(choice)
-            left = None if left is None else left - choice.kernel.parameters
+            left = None if left is None else left - _cost(slot, choice.kernel)
         return choices, abstentions
 
     def _rank(self, epoch: int, slots: list[SlotState]) -> tuple[list[tuple[SlotState, list[Reason]]], list[Reason]]:
@@ -128,7 +131,7 @@ class HeuristicPolicy:
         offers = [
             offer
             for offer in slot.candidates
-            if offer.blueprint_id not in slot.barred_blueprint_ids and (left is None or offer.parameters <= left)
+            if offer.blueprint_id not in slot.barred_blueprint_ids and (left is None or _cost(slot, offer) <= left)
         ]
         if not offers:
             detail = f"{slot.slot}: none of {len(slot.candidates)} kernels is free and within the budget"
@@ -143,13 +146,14 @@ class HeuristicPolicy:
         foldable = [offer for offer in offers if offer.foldable] or offers
         enough = [offer for offer in foldable if covered(offer) >= self.settings.coverage]
         if enough:
-            best = min(enough, key=lambda offer: (offer.parameters, offer.kernel_id))
+            # At the same final cost, the kernel that has more to learn with in the meantime.
+            best = min(enough, key=lambda offer: (_cost(slot, offer), -offer.parameters, offer.kernel_id))
         else:
-            best = max(foldable, key=lambda offer: (covered(offer), -offer.parameters, offer.kernel_id))
+            best = max(foldable, key=lambda offer: (covered(offer), -_cost(slot, offer), offer.kernel_id))
         share = covered(best)
         fits = Reason(
             code=ReasonCode.KERNEL_FITS_SPECTRUM,
-            detail=f"{best.blueprint_name}, {best.parameters} parameters",
+            detail=f"{best.blueprint_name} adds {_cost(slot, best)} parameters",
             value=share,
             threshold=self.settings.coverage,
         )
@@ -183,6 +187,12 @@ class HeuristicController:
     def decide(self, packet: SystemStatePacket) -> AdaptationSignal:
         """Decide at once."""
         return self.policy.decide(packet)
+
+
+def _cost(slot: SlotState, offer: KernelCandidate) -> int:
+    """Parameters that the host will have more of in the end: a widening leaves its units, whatever it was made of."""
+    unit = slot.evidence[-1].unit_parameters if slot.evidence else 0
+    return offer.width * unit if offer.foldable and unit else offer.parameters
 
 
 def _worth(signal: GrowthSignal) -> float:

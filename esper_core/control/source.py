@@ -39,7 +39,7 @@ class CatalogueSource:
             self._offers[interface.id] = tuple(self._offer(interface))
         return self._offers[interface.id]
 
-    def request(self, kernel_id: str, interface: SlotInterface) -> None:
+    def request(self, kernel_id: str, interface: SlotInterface) -> None:  # noqa: ARG002 - the role's signature
         """Nothing to fetch; makes the interface's kernels known."""
         self.candidates(interface)
 

@@ -45,10 +45,21 @@ class Graft(nn.Module):
         self.register_buffer("alpha", torch.zeros((), device=parameter.device, dtype=parameter.dtype), persistent=False)
         self.register_buffer("faults", torch.zeros((), device=parameter.device, dtype=torch.int64), persistent=False)
         self.muted = False
+        # Kept out of the module tree: they belong to the host.
         self._ends = (source, sink)
         self._entering: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._raised = 0
+        self.raised = 0
+
+    @property
+    def source(self) -> nn.Module:
+        """The module whose input the kernel reads."""
+        return self._ends[0]
+
+    @property
+    def sink(self) -> nn.Module:
+        """The module to whose output the kernel adds."""
+        return self._ends[1]
 
     @property
     def attached(self) -> bool:
@@ -58,15 +69,14 @@ class Graft(nn.Module):
     @property
     def errors(self) -> int:
         """Failed passes so far. Reads the device once; not for the training step."""
-        return self._raised + int(self.faults)
+        return self.raised + int(self.faults)
 
     def attach(self) -> None:
         """From now on the host's output includes ``alpha`` times the kernel's."""
         if not self._hooks:
-            source, sink = self._ends
             self._hooks = [
-                source.register_forward_pre_hook(self._remember),
-                sink.register_forward_hook(self._add),
+                self.source.register_forward_pre_hook(self._remember),
+                self.sink.register_forward_hook(self._add),
             ]
 
     def detach(self) -> None:
@@ -85,7 +95,7 @@ class Graft(nn.Module):
 
     def _add(self, _module: nn.Module, _args: tuple[Any, ...], leaving: Tensor) -> Tensor:
         entering, self._entering = self._entering, None
-        if self.muted or entering is None or self._raised >= BREAKER:
+        if self.muted or entering is None or self.raised >= BREAKER:
             return leaving
         try:
             extra = self.kernel(entering)
@@ -98,10 +108,10 @@ class Graft(nn.Module):
         finite = torch.isfinite(extra.detach()).all()
         self.faults += ~finite
         if extra.requires_grad:
-            extra.register_hook(lambda gradient: torch.where(finite, gradient, torch.zeros_like(gradient)))
+            extra.register_hook(lambda gradient: torch.where(finite, gradient, torch.zeros_like(gradient)))  # type: ignore[no-untyped-call]
         return leaving + self.alpha * torch.where(finite, extra, torch.zeros_like(extra))
 
     def _refuse(self, leaving: Tensor, why: str) -> Tensor:
-        self._raised += 1
-        log.warning("kernel.failed", why=why, failures=self._raised, retired=self._raised >= BREAKER)
+        self.raised += 1
+        log.warning("kernel.failed", why=why, failures=self.raised, retired=self.raised >= BREAKER)
         return leaving

@@ -48,6 +48,11 @@ class Slot:
         """Parameters that one more unit in the spanned layer would cost: a row, its bias, and a column."""
         return self.source.weight[0].numel() + 1 + self.sink.weight[:, 0].numel()
 
+    @property
+    def leader(self) -> nn.Parameter:
+        """The sink's weight: a kernel learns at its rate, by its schedule."""
+        return cast(nn.Parameter, self.sink.weight)
+
     def span_parameters(self) -> list[nn.Parameter]:
         """Source's and sink's own parameters."""
         return [*self.source.parameters(), *self.sink.parameters()]

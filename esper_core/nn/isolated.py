@@ -6,6 +6,7 @@ its outputs, gradients and random state are those of a run without seeds, bit fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,10 @@ from esper_core.nn.signals import RIDGE
 
 AMPLITUDES = tuple(2.0**power for power in range(-3, 9))
 """Step lengths along the learnt direction that are tried before grafting, in units of the target's own scale."""
+
+
+CHECK_EVERY = 20
+"""Steps between looks at the held-back samples."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ def prepare(host: Host, slot: Slot, batches: Iterable[Batch], loss_fn: LossFunct
 
 
 def teach(kernel: nn.Module, lesson: Lesson, *, steps: int, learning_rate: float, batch: int, seed: int) -> float:
-    """Fit the kernel to the lesson with Adam; every fifth sample is held back.
+    """Fit the kernel to the lesson with Adam; every fifth sample is held back, and the weights that did best on those are kept.
 
     Returns:
         Share of the held-back target's variance that the kernel reconstructs: 1 is perfect, 0 nothing, negative worse than nothing.
@@ -68,21 +73,31 @@ def teach(kernel: nn.Module, lesson: Lesson, *, steps: int, learning_rate: float
     inputs, targets = entering[~held], wanted[~held]
     optimizer = torch.optim.Adam(kernel.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
+    best, kept = _reconstruction(kernel, entering[held], wanted[held]), copy.deepcopy(kernel.state_dict())
     kernel.train()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        for _ in range(steps):
+        for step in range(1, steps + 1):
             chosen = torch.randint(len(inputs), (min(batch, len(inputs)),), generator=generator).to(inputs.device)
             loss = nn.functional.mse_loss(kernel(inputs[chosen]), targets[chosen])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            kernel.eval()
-            error = nn.functional.mse_loss(kernel(entering[held]), wanted[held])
-            power = wanted[held].square().mean()
-            kernel.train()
+            if step % CHECK_EVERY == 0 or step == steps:
+                found = _reconstruction(kernel, entering[held], wanted[held])
+                if not found <= best:  # a NaN is kept as well: the gate must see it
+                    best, kept = found, copy.deepcopy(kernel.state_dict())
+    optimizer.zero_grad()
+    kernel.load_state_dict(kept)
+    return best
+
+
+@torch.no_grad()
+def _reconstruction(kernel: nn.Module, entering: Tensor, wanted: Tensor) -> float:
+    power = wanted.square().mean()
+    kernel.eval()
+    error = nn.functional.mse_loss(kernel(entering), wanted)
+    kernel.train()
     return float(1 - error / power) if power > 0 else 0.0
 
 

@@ -106,7 +106,8 @@ class Sums:
     def sink_weights(self) -> Tensor:
         """(k, m): the best change of the sink's own weights, the regression of G on its input."""
         damped = self.ii + _ridge(self.ii) * torch.eye(len(self.ii), dtype=self.ii.dtype, device=self.ii.device)
-        return torch.linalg.solve(damped, self.ig)
+        weights: Tensor = torch.linalg.solve(damped, self.ig)
+        return weights
 
 
 @dataclass
@@ -214,7 +215,8 @@ def _inverse_root(moment: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
     floor = max(float(values[-1]), 0.0) * RIDGE
     inverse = torch.where(values > floor, values.clamp_min(1e-300).rsqrt(), torch.zeros_like(values))
-    return (vectors * inverse) @ vectors.T
+    root: Tensor = (vectors * inverse) @ vectors.T
+    return root
 
 
 def _ridge(moment: Tensor) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esper_core.blueprint.interface import Layout
+from esper_core.errors import InvalidInput
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Units:
 
     def conclude(self) -> Vitals:
         """The figures, from what was counted; at least one batch is needed."""
-        assert self.total is not None and self.outer is not None and self.peak is not None  # noqa: S101
+        if self.total is None or self.outer is None or self.peak is None:
+            raise InvalidInput("no batch was counted")
         mean = self.total / self.rows
         covariance = self.outer / self.rows - torch.outer(mean, mean)
         variance = covariance.diagonal().clamp_min(0)

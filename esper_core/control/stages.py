@@ -1,0 +1,235 @@
+"""What each state of a seed does at an epoch boundary, and whether it may go on.
+
+One function per state in flight, found by ``STAGES``; each measures, decides and returns the event of its transition, or None
+to stay. The order of an adaptation can be read from top to bottom.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from esper_core.control.governor import Governor
+from esper_core.control.packet import RampStyle, SeedEvent
+from esper_core.control.plot import Plot
+from esper_core.control.roles import KernelSource
+from esper_core.control.seed import Seed
+from esper_core.errors import EsperError
+from esper_core.ids import sha256
+from esper_core.lifecycle import State
+from esper_core.nn.counterfactual import Contribution, contribution
+from esper_core.nn.host import Slot
+from esper_core.nn.isolated import amplify, prepare, teach
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What the stages may ask at one epoch boundary."""
+
+    plot: Plot
+    source: KernelSource
+    governor: Governor
+    epoch: int
+    train_loss: float
+    keep_snapshot: Callable[[Seed], None]
+
+
+def germinated(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent:
+    """Ask for the kernel; memory is bounded by the source's cache."""
+    now.source.request(seed.kernel_id, slot.interface)
+    return seed.advance(State.LOADING, now.epoch, "kernel requested", facts={"memory_granted": True})
+
+
+def loading(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
+    """Bind the kernel when it has come and is verified."""
+    try:
+        kernel = now.source.poll(seed.kernel_id)
+        if kernel is None:
+            waited = now.epoch - seed.since
+            if waited < now.plot.settings.loading_epochs:
+                return None
+            return seed.advance(State.CULLED, now.epoch, f"the kernel did not arrive within {waited} epochs")
+        graft = now.plot.plant(slot, kernel)
+    except EsperError as problem:
+        return seed.advance(State.CULLED, now.epoch, f"the kernel could not be had: {problem.message}")
+    seed.blueprint_id, seed.blueprint_name = kernel.blueprint.id, kernel.blueprint.name
+    seed.parameters = sum(parameter.numel() for parameter in graft.kernel.parameters())
+    facts = {"kernel_verified": True, "parameterless": seed.parameters == 0}
+    if seed.parameters:
+        return seed.advance(State.TRAINING, now.epoch, "kernel verified and bound", facts=facts)
+    alpha = _begin_graft(seed, slot, now)
+    reason = "kernel verified; it has nothing to learn"
+    return seed.advance(State.GRAFTING, now.epoch, reason, facts=facts, alpha=alpha)
+
+
+def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
+    """Learn, isolated, the update the host cannot make; graft when enough of it can be reconstructed and it lowers the loss."""
+    plot, settings = now.plot, now.plot.settings
+    lesson = prepare(plot.host, slot, plot.probe, plot.loss_fn)
+    kernel = plot.kernel(slot)
+    seed.reconstruction = teach(
+        kernel,
+        lesson,
+        steps=settings.training_steps,
+        learning_rate=settings.training_learning_rate,
+        batch=settings.training_batch,
+        seed=_seed_of(plot.seed, seed.seed_id, now.epoch),
+    )
+    seed.lessons += 1
+    if seed.lessons < settings.training_epochs:
+        return None
+    measured = {"reconstruction": seed.reconstruction, "lessons": float(seed.lessons)}
+    finite = all(bool(parameter.isfinite().all()) for parameter in kernel.parameters())
+    reconstructs = finite and seed.reconstruction > settings.min_reconstruction
+    if reconstructs:
+        assert slot.graft is not None  # noqa: S101
+        measured["probe_gain"] = amplify(plot.host, slot.graft, kernel, lesson, plot.probe, plot.loss_fn)
+        reconstructs = measured["probe_gain"] > 0
+    if not reconstructs:
+        if finite and seed.lessons < settings.training_patience:
+            return None
+        reason = f"reconstructs {seed.reconstruction:.3f} of the wanted update after {seed.lessons} lessons: not enough"
+        return seed.advance(State.CULLED, now.epoch, reason, measurements=_finite(measured))
+    alpha = _begin_graft(seed, slot, now)
+    facts = {"isolated": True, "reconstructs": True, "finite": True, "trained_long_enough": True}
+    reason = f"reconstructs {seed.reconstruction:.3f} of the wanted update"
+    return seed.advance(State.GRAFTING, now.epoch, reason, facts=facts, measurements=_finite(measured), alpha=alpha)
+
+
+def grafting(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
+    """Raise alpha one step along the ramp; rest when it has reached 1."""
+    alpha = _raise_alpha(seed, slot, now, now.epoch - seed.since)
+    if alpha < 1:
+        return None
+    epochs = now.epoch - seed.since
+    facts = {"alpha_at_rest": True}
+    return seed.advance(State.STABILIZATION, now.epoch, f"alpha at 1 after {epochs} epochs", facts=facts, alpha=alpha)
+
+
+def stabilization(seed: Seed, _slot: Slot, now: Boundary) -> SeedEvent | None:
+    """Wait until the loss is back inside the band it had before the graft."""
+    settings = now.plot.settings
+    rested = now.epoch - seed.since
+    band = now.governor.band(settings.settle_sigmas)
+    if rested < settings.settle_epochs:
+        return None
+    measured = _finite({"train_loss": now.train_loss, "band": band})
+    if now.train_loss <= band:
+        return seed.advance(
+            State.EVALUATING,
+            now.epoch,
+            "the loss has settled",
+            facts={"settled": True},
+            measurements=measured,
+            alpha=1.0,
+        )
+    if rested < settings.settle_patience:
+        return None
+    reason = f"the loss did not settle within {rested} epochs"
+    return seed.advance(State.ROLLED_BACK, now.epoch, reason, measurements=measured)
+
+
+def evaluating(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent:
+    """Same held-back batches with and without the kernel: keep going only on a surely positive difference."""
+    found, measured = _judge(seed, slot, now)
+    if found.lower <= 0:
+        return seed.advance(
+            State.CULLED, now.epoch, f"contributes {_interval(found)}: not surely positive", measurements=measured
+        )
+    facts = {"contributes": True, "parameterless": seed.parameters == 0}
+    if seed.parameters == 0:
+        return _fossilize(seed, slot, now, found, facts, measured)
+    now.plot.let_go(slot)
+    reason = f"contributes {_interval(found)}"
+    return seed.advance(State.FINE_TUNING, now.epoch, reason, facts=facts, measurements=measured, alpha=1.0)
+
+
+def fine_tuning(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
+    """Host and kernel learn together; in the end it must still contribute, and more than its rent."""
+    settings = now.plot.settings
+    if now.epoch - seed.since < settings.fine_tune_epochs:
+        return None
+    found, measured = _judge(seed, slot, now)
+    pays = found.mean - measured["rent"] >= settings.min_contribution
+    if found.lower <= 0 or not pays:
+        reason = f"contributes {_interval(found)}, rent {measured['rent']:.4g}: not worth keeping"
+        return seed.advance(State.CULLED, now.epoch, reason, measurements=measured)
+    return _fossilize(seed, slot, now, found, {"contributes": True, "pays_rent": True}, measured)
+
+
+STAGES: Mapping[State, Callable[[Seed, Slot, Boundary], SeedEvent | None]] = {
+    State.GERMINATED: germinated,
+    State.LOADING: loading,
+    State.TRAINING: training,
+    State.GRAFTING: grafting,
+    State.STABILIZATION: stabilization,
+    State.EVALUATING: evaluating,
+    State.FINE_TUNING: fine_tuning,
+}
+
+
+def ramp(progress: float, style: RampStyle) -> float:
+    """Alpha at ``progress`` of the way; exactly 0 at 0 and 1 at 1, never falling."""
+    x = min(max(progress, 0.0), 1.0)
+    if x in (0.0, 1.0) or style in (RampStyle.LINEAR, RampStyle.UNSPECIFIED):
+        return x
+    if style is RampStyle.COSINE:
+        return 0.5 - 0.5 * math.cos(math.pi * x)
+    low, here = _logistic(-6.0), _logistic(12.0 * x - 6.0)
+    return (here - low) / (1 - 2 * low)
+
+
+def _begin_graft(seed: Seed, slot: Slot, now: Boundary) -> float:
+    """Keep the way back, blend the kernel in, and take the ramp's first step."""
+    now.keep_snapshot(seed)
+    now.plot.blend(slot)
+    return _raise_alpha(seed, slot, now, 0)
+
+
+def _raise_alpha(seed: Seed, slot: Slot, now: Boundary, step: int) -> float:
+    assert slot.graft is not None  # noqa: S101
+    settings = now.plot.settings
+    alpha = ramp((step + 1) / settings.ramp_epochs, seed.style or settings.ramp)
+    slot.graft.alpha.fill_(alpha)
+    return alpha
+
+
+def _logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def _fossilize(
+    seed: Seed, slot: Slot, now: Boundary, found: Contribution, facts: Mapping[str, bool], measured: dict[str, float]
+) -> SeedEvent:
+    seed.fold_difference = now.plot.fold(slot)
+    seed.folded = seed.fold_difference is not None
+    if seed.fold_difference is not None:
+        measured["folded_max_abs_diff"] = seed.fold_difference
+    where = "folded into the host's own weights" if seed.folded else "kept beside the host"
+    reason = f"contributes {_interval(found)} after rent {measured['rent']:.4g}; {where}"
+    return seed.advance(State.FOSSILIZED, now.epoch, reason, facts=facts, measurements=measured, alpha=1.0)
+
+
+def _judge(seed: Seed, slot: Slot, now: Boundary) -> tuple[Contribution, dict[str, float]]:
+    assert slot.graft is not None  # noqa: S101
+    plot = now.plot
+    found = contribution(plot.host, slot.graft, plot.validation, plot.loss_fn)
+    rent = plot.settings.rent * seed.parameters / plot.host.parameter_count * max(found.loss, 0.0)
+    seed.contribution, seed.contribution_lower, seed.rent = found.mean, found.lower, rent
+    return found, _finite(
+        {"contribution": found.mean, "contribution_lower": found.lower, "rent": rent, "loss": found.loss}
+    )
+
+
+def _interval(found: Contribution) -> str:
+    return f"{found.mean:.4g} to the held-back loss (95 % sure of {found.lower:.4g})"
+
+
+def _finite(measurements: dict[str, float]) -> dict[str, float]:
+    """What can travel: JSON and the contracts know no infinities."""
+    return {name: value for name, value in measurements.items() if math.isfinite(value)}
+
+
+def _seed_of(seed: int, seed_id: str, epoch: int) -> int:
+    return int(sha256(f"{seed}/{seed_id}/{epoch}".encode())[:12], 16)
