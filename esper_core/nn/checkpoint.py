@@ -1,7 +1,7 @@
 """Checkpoint files: a tree of tensors and plain values in one safetensors file, written whole or not at all.
 
-The tree's shape (dicts, lists, tuples, numbers, text) stands as canonical JSON in the file's metadata, its tensors in the
-file's body, and a SHA-256 over both beside it; every read checks it. Nothing is pickled, so a file can lie but not act.
+The tree's shape (dicts, lists, tuples, numbers, text) stands as JSON in the file's metadata, its tensors in the file's
+body, and a SHA-256 over both beside it; every read checks it. Nothing is pickled, so a file can lie but not act.
 
 Does not protect against someone who may write the file: the digest finds damage, not intent.
 """

@@ -1,4 +1,4 @@
-"""The report's plots as plain plotly.js figures: dictionaries of data and layout, nothing that is not finite in them."""
+"""The report's plots as plain plotly.js figures: dictionaries of data and layout, holding only finite numbers."""
 
 from __future__ import annotations
 

@@ -63,9 +63,7 @@ class Checkpoints:
                 path.rename(aside)
                 log.error("checkpoint.damaged", path=str(path), reason=error.message, set_aside=str(aside))
         if paths:
-            raise Corrupt(
-                f"all {len(paths)} checkpoints under {self.directory} are damaged", hint="start the run anew"
-            )
+            raise Corrupt(f"all {len(paths)} checkpoints under {self.directory} are damaged", hint="start the run anew")
         return None
 
     def paths(self) -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,8 +29,9 @@ examples:
   python -m services.tolaria digits-narrow --repeat 5 -o json five seeds, grown and ungrown, figures as JSON
   python -m services.tolaria digits-narrow --resume           go on with the newest interrupted run of that name
 
-A run is trained twice from the same seed on the same batches: once plain (the twin), once growing. Ctrl-C stops at the next
-epoch boundary with a checkpoint; a second one stops at once. Environment variables ESPER_SECTION__KEY override the file.
+A run is trained twice from the same seed on the same batches: once plain (the twin), once growing. Ctrl-C stops at the
+next epoch boundary with a checkpoint; a second one stops at once. Environment variables ESPER_SECTION__KEY override the
+file and --set.
 
 exit codes: 0 done, 2 bad input, 3 not found, 4 name taken, 5 other settings, 7 disk full, 10 damaged, 130/143 stopped
 """
@@ -49,13 +49,21 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("run", metavar="RUN.yaml|PRESET", help="settings of the run: a file, or the name of a preset")
     out.add_argument("--baseline", action="store_true", help="plain training: no growth, no twin")
     out.add_argument("--twin", action=argparse.BooleanOptionalAction, default=True, help="also train the ungrown twin")
-    out.add_argument("--resume", action="store_true", help="go on with --name, or with the newest run of this configuration")
+    out.add_argument(
+        "--resume", action="store_true", help="go on with --name, or with the newest run of this configuration"
+    )
     out.add_argument("--name", help="what the run is called; default: the configuration's name and four random letters")
     out.add_argument("--seed", type=int, help="seed of weights, data order and split")
-    out.add_argument("--repeat", type=int, default=1, metavar="N", help="train N seeds, SEED … SEED+N-1, and report the spread")
-    out.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting; may be repeated")
+    out.add_argument(
+        "--repeat", type=int, default=1, metavar="N", help="train N seeds, SEED … SEED+N-1, and report the spread"
+    )
+    out.add_argument(
+        "--set", action="append", default=[], metavar="a.b=c", help="override one setting; may be repeated"
+    )
     out.add_argument("--data-dir", type=Path, help="the platform's data directory; runs are kept under it")
-    out.add_argument("--offline", action="store_true", help="no platform: decide in process, with the built-in blueprints")
+    out.add_argument(
+        "--offline", action="store_true", help="no platform: decide in process, with the built-in blueprints"
+    )
     out.add_argument("--check", action="store_true", help="check the settings, show the slots, train nothing")
     out.add_argument("-o", "--output", choices=("text", "json"), default="text", help="form of the result on stdout")
     return out
@@ -187,7 +195,8 @@ def train(config: TolariaConfig, arguments: argparse.Namespace, console: Console
     if arguments.output == "json":
         print(json.dumps(figures))  # noqa: T201 - the result
     else:
-        Console().print(summary(figures, runs))
+        out = Console()
+        (out if out.is_terminal else Console(width=160)).print(summary(figures, runs))
         console.print(f"report: {figures['report']}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
@@ -211,7 +220,18 @@ def summary(figures: dict[str, Any], runs: Sequence[Any]) -> Table:
     from services.tolaria.report import gain_text, number_text, percent_text, points_text
 
     table = Table(title=None, header_style="bold")
-    for column in ("run", "seed", "ungrown", "grown", "gain", "kept", "culled", "parameters added", "fold diff", "seconds"):
+    for column in (
+        "run",
+        "seed",
+        "ungrown",
+        "grown",
+        "gain",
+        "kept",
+        "culled",
+        "parameters added",
+        "fold diff",
+        "seconds",
+    ):
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in runs:
         found = run.result

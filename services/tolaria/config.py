@@ -89,13 +89,11 @@ class DatasetConfig(Section):
         allowed = _DATASET_FIELDS.get(self.name, set()) | _SHARED_DATASET_FIELDS
         _refuse_foreign(self, "dataset", f"data set {self.name}", allowed, _DATASET_FIELDS)
         if self.validation_fraction + self.test_fraction > 0.9:
-            raise InvalidInput(
-                "validation and test part leave less than a tenth for training", hint="e.g. 0.2 and 0.2"
-            )
+            raise InvalidInput("validation and test part leave less than a tenth for training", hint="e.g. 0.2 and 0.2")
         if self.name == "cifar10" and self.path is None:
             raise InvalidInput(
                 "dataset.path is needed for cifar10",
-                hint="the folder of CIFAR-10's binary version: dataset: {name: cifar10, path: /data/cifar-10-batches-bin}",
+                hint="the folder of CIFAR-10's binary version, e.g. path: /data/cifar-10-batches-bin",
             )
         return self
 
@@ -122,9 +120,14 @@ class MorphogeneticConfig(Section):
         None, description="slots as pairs of module paths, [[fc1, fc2]]; unset: every span that is found"
     )
     budget_parameters: int | None = Field(None, ge=1, description="parameters that growth may add in all; unset: any")
-    probe_samples: int = Field(1024, ge=16, le=1_000_000, description="training rows that growth signals are measured on")
+    probe_samples: int = Field(
+        1024, ge=16, le=1_000_000, description="training rows that growth signals are measured on"
+    )
     prepare_seconds: float = Field(
-        0.0, ge=0, le=86400, description="before epoch 0, wait this long at most for validated kernels that fit the slots"
+        0.0,
+        ge=0,
+        le=86400,
+        description="before epoch 0, wait this long at most for validated kernels that fit the slots",
     )
     decision_wait_seconds: float = Field(
         1.0, ge=0, le=60, description="how long an epoch boundary may wait for Tamiyo's answer or a kernel's bytes"
@@ -210,7 +213,9 @@ def _lay(given: dict[str, Any], setting: str) -> None:
     place, sign, text = setting.partition("=")
     keys = place.strip().split(".")
     if not sign or not all(keys):
-        raise InvalidInput(f"--set {setting!r} is no setting", hint="write section.key=value, e.g. optimization.epochs=20")
+        raise InvalidInput(
+            f"--set {setting!r} is no setting", hint="write section.key=value, e.g. optimization.epochs=20"
+        )
     here = given
     for key in keys[:-1]:
         below = here.setdefault(key, {})
@@ -220,9 +225,7 @@ def _lay(given: dict[str, Any], setting: str) -> None:
     here[keys[-1]] = parse_yaml(text, f"--set {setting}")
 
 
-def _refuse_foreign(
-    section: Section, name: str, choice: str, allowed: set[str], fields: dict[str, set[str]]
-) -> None:
+def _refuse_foreign(section: Section, name: str, choice: str, allowed: set[str], fields: dict[str, set[str]]) -> None:
     """Refuse a field that was given although the section's chosen kind has no use for it."""
     foreign = sorted(section.model_fields_set - allowed)
     if foreign:

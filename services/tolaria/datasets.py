@@ -1,4 +1,4 @@
-"""Data sets: those that ship with scikit-learn, generated ones, and CIFAR-10 from a local folder; split and standardised.
+"""Data sets that ship with scikit-learn, generated ones, and CIFAR-10 from a local folder; split and standardised.
 
 Everything is a pure function of (configuration, seed). Whole data sets are held in memory. Downloads nothing.
 """
@@ -56,11 +56,11 @@ class Part:
     def in_batches(self, batch_size: int, limit: int | None = None) -> list[Rows]:
         """Its first ``limit`` rows as batches, in order."""
         rows = torch.arange(len(self) if limit is None else min(limit, len(self)))
-        return [self.take(chunk) for chunk in rows.split(batch_size)]
+        return [self.take(chunk) for chunk in torch.split(rows, batch_size)]
 
     def each(self, batch_size: int) -> Iterator[Rows]:
         """All rows, batch after batch, without holding them twice."""
-        for chunk in torch.arange(len(self)).split(batch_size):
+        for chunk in torch.split(torch.arange(len(self)), batch_size):
             yield self.take(chunk)
 
 
@@ -109,8 +109,7 @@ def prepare(config: DatasetConfig, seed: int, *, image: bool, device: str = "cpu
         InvalidInput: a file is malformed, or a part of the split would be empty.
     """
     fixed_test: Rows | None = None
-    if config.name == "cifar10":
-        assert config.path is not None  # held by DatasetConfig
+    if config.path is not None:  # which only cifar10 has
         inputs, targets, fixed_test = cifar10(config.path.expanduser())
     elif config.name in ("spirals", "teacher", "tokens"):
         inputs, targets = {"spirals": spirals, "teacher": teacher, "tokens": modular_sums}[config.name](config, seed)
@@ -241,7 +240,9 @@ def _standard(values: Tensor) -> tuple[Tensor, Tensor]:
     if values.dtype is torch.int64:
         return torch.zeros(()), torch.ones(())
     across = (0,) if values.ndim == 2 else (0, 2, 3)
-    counted = values[:10000].float() if values.dtype is torch.uint8 else values  # a sample: as floats, all would not fit
+    counted = (
+        values[:10000].float() if values.dtype is torch.uint8 else values
+    )  # a sample: as floats, all would not fit
     mean = counted.mean(across, keepdim=values.ndim > 2)
     scale = counted.std(across, keepdim=values.ndim > 2)
     if values.ndim > 2:

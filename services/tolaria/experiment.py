@@ -1,14 +1,13 @@
 """A run from its settings to its figures: the ungrown twin, the grown network, and what the platform is told of it.
 
-Everything of a run lies in ``<data_dir>/runs/<run>``: config.json, checkpoints, history.jsonl, twin/, spool/, orders.jsonl,
-result.json, report.html.
+Everything of a run lies in ``<data_dir>/runs/<run>``: config.json, checkpoints, history.jsonl, twin/, spool/,
+orders.jsonl, result.json, report.html.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from esper_core.control.grower import Grower
 from esper_core.control.packet import Budget
 from esper_core.errors import AlreadyExists, Conflict, Exhausted, InvalidInput, NotFound
 from esper_core.nn.checkpoint import write_atomic
-from esper_core.nn.host import Host, Slot, wrap
+from esper_core.nn.host import Host, wrap
 from services.tolaria import facts, hosts
 from services.tolaria.config import TolariaConfig
 from services.tolaria.datasets import Data, prepare
-from services.tolaria.history import Boundary
 from services.tolaria.learner import Finished, Growing, Learner, Plain
 from services.tolaria.live import View
 from services.tolaria.optimization import optimizer_for
@@ -249,12 +247,16 @@ def open_run(config: TolariaConfig, run_id: str, *, grow: bool, resume: bool) ->
     mine = {**config.model_dump(mode="json"), "grow": grow}
     if not resume:
         if path.exists():
-            raise AlreadyExists(f"there is a run {run_id} already", hint="go on with --resume, or choose another --name")
+            raise AlreadyExists(
+                f"there is a run {run_id} already", hint="go on with --resume, or choose another --name"
+            )
         try:
             directory.mkdir(parents=True, exist_ok=True)
             write_json(path, mine)
         except OSError as error:
-            raise Exhausted(f"{directory} cannot be written: {error.strerror}", hint="choose another --data-dir") from None
+            raise Exhausted(
+                f"{directory} cannot be written: {error.strerror}", hint="choose another --data-dir"
+            ) from None
         return
     if not path.exists():
         raise NotFound(f"there is no run {run_id} under {directory.parent}", hint="start it without --resume")

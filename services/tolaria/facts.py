@@ -1,7 +1,7 @@
 """What a run tells the platform: facts into the local spool, to be delivered whenever the platform is there.
 
-Which facts an epoch gives is a pure function of its history line; a resumed run can therefore tell the ones that a crash
-kept it from telling, and no fact is told twice.
+Which facts an epoch gives is a pure function of its history line; a resumed run can therefore tell the ones that a
+crash kept it from telling, and no fact is told twice.
 """
 
 from __future__ import annotations

@@ -81,7 +81,9 @@ class History:
             try:
                 self.boundaries.append(Boundary.model_validate_json(line))
             except ValidationError:
-                raise Corrupt(f"{path}, line {number} is damaged", hint="start the run anew under another name") from None
+                raise Corrupt(
+                    f"{path}, line {number} is damaged", hint="start the run anew under another name"
+                ) from None
         self._file = path.open("ab")
         self._file.truncate(sum(map(len, kept)))
 

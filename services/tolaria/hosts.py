@@ -139,7 +139,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, tokens, width), the same back
         query, key, value = (
-            layer(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+            layer(x).unflatten(-1, (self.heads, self.size)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
         )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value)  # (batch, heads, tokens, size)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))

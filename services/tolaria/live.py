@@ -17,7 +17,7 @@ from rich.text import Text
 
 from esper_core.control.packet import AdaptationSignal, SeedEvent
 from esper_core.lifecycle import State
-from services.tolaria.history import Boundary
+from services.tolaria.history import Boundary, Figures
 
 BARS = "▁▂▃▄▅▆▇█"
 COLOURS = {
@@ -162,16 +162,14 @@ class LiveView:
         )
         parts: list[RenderableType] = [grid]
         if self._last is not None:
-            parts.append(self._curves())
+            parts.append(self._curves(self._last.figures))
             if self._last.slots:
                 parts.append(slots_table(self._last))
         parts.extend(Text(line, style="dim") for line in self._news)
         return Group(*parts)
 
-    def _curves(self) -> RenderableType:
-        assert self._last is not None
+    def _curves(self, figures: Figures) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
-        figures = self._last.figures
         grid.add_row("  loss    ", Text(sparkline(list(self._losses)), style="cyan"), f"{figures.train_loss:.4f}")
         if figures.validation_accuracy is not None:
             shown = Text(sparkline(list(self._scores)), style="green")
@@ -252,4 +250,6 @@ def decisions(signal: AdaptationSignal) -> list[str]:
 def transition(event: SeedEvent) -> str:
     """A state change in a line."""
     kernel = f" [{event.blueprint_name}]" if event.blueprint_name else ""
-    return f"{event.slot} {event.source.name} → {event.target.name}{kernel}" + (f": {event.reason}" if event.reason else "")
+    return f"{event.slot} {event.source.name} → {event.target.name}{kernel}" + (
+        f": {event.reason}" if event.reason else ""
+    )

@@ -1,4 +1,4 @@
-"""The order of training rows: a pure function of (seed, epoch), so that twins and resumed runs see identical batches."""
+"""The order of training rows: a pure function of (seed, epoch), so that twins and resumed runs see equal batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batches(rows: int, batch_size: int, seed: int, epoch: int) -> tuple[Tensor, 
         epoch: from 0.
     """
     order = torch.randperm(rows, generator=generator(seed, "order", epoch))
-    chunks = order.split(batch_size)
+    chunks = torch.split(order, batch_size)
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         return (*chunks[:-2], torch.cat(chunks[-2:]))
     return chunks

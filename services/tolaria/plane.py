@@ -105,7 +105,8 @@ class Online:
         self.run_id = run_id
         self._orders = Orders(directory / "orders.jsonl")
         self.link = Link(endpoints, run_id, Spool(directory / "spool"), self._orders)
-        self.facts: Facts | None = Facts(self.link.spool, run_id)
+        self._facts = Facts(self.link.spool, run_id)
+        self.facts: Facts | None = self._facts
         wait = config.morphogenetic.decision_wait_seconds
         cache = KernelCache(config.morphogenetic.growth.cache_bytes)
         self._controller = RemoteController(self.link, wait)
@@ -117,11 +118,11 @@ class Online:
         return self._orders.take()
 
     def register(self, slots: list[Slot], epoch: int) -> None:
-        assert self.facts is not None
         described = [
-            run_pb2.Slot(slot=slot.name, interface=to_proto(slot.interface, blueprint_pb2.SlotInterface)) for slot in slots
+            run_pb2.Slot(slot=slot.name, interface=to_proto(slot.interface, blueprint_pb2.SlotInterface))
+            for slot in slots
         ]
-        self.facts.registered(self.config, described, epoch)
+        self._facts.registered(self.config, described, epoch)
 
     def prepare(self, slots: list[Slot], view: View, stop: Stop) -> None:
         limit = self.config.morphogenetic.prepare_seconds
@@ -185,15 +186,15 @@ class Stock:
 
     async def _count(self, interface: str) -> tuple[int, int, int]:
         channel = self._link.channel
-        builds = await tezzeret_pb2_grpc.TezzeretServiceStub(channel).ListBuilds(
-            tezzeret_pb2.ListBuildsRequest(interface_id=interface, page_size=1000), timeout=CALL_SECONDS
-        )
+        forge = tezzeret_pb2_grpc.TezzeretServiceStub(channel)  # type: ignore[no-untyped-call]
+        library = urza_pb2_grpc.UrzaServiceStub(channel)  # type: ignore[no-untyped-call]
+        wishes = tezzeret_pb2.ListBuildsRequest(interface_id=interface, page_size=1000)
+        builds = await forge.ListBuilds(wishes, timeout=CALL_SECONDS)
         kernels: dict[str, int] = {}
         token = ""
         while True:
-            page = await urza_pb2_grpc.UrzaServiceStub(channel).QueryKernels(
-                urza_pb2.QueryKernelsRequest(interface_id=interface, page_size=100, page_token=token), timeout=CALL_SECONDS
-            )
+            query = urza_pb2.QueryKernelsRequest(interface_id=interface, page_size=100, page_token=token)
+            page = await library.QueryKernels(query, timeout=CALL_SECONDS)
             kernels.update({record.manifest.kernel_id: record.status for record in page.kernels})
             token = page.next_page_token
             if not token:

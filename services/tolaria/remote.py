@@ -83,7 +83,7 @@ class RemoteController:
         return signal
 
     async def _step(self, packet: SystemStatePacket) -> AdaptationSignal:
-        stub = tamiyo_pb2_grpc.TamiyoServiceStub(self._link.channel)
+        stub = tamiyo_pb2_grpc.TamiyoServiceStub(self._link.channel)  # type: ignore[no-untyped-call]
         request = tamiyo_pb2.StepRequest(packet=to_proto(packet, telemetry_pb2.SystemStatePacket))
         response = await stub.Step(request, timeout=max(STEP_SECONDS, self._wait))
         return from_proto(response.signal, AdaptationSignal)
@@ -173,7 +173,7 @@ class RemoteKernels:
 
     async def _stream(self, kernel_id: str, blob: bytearray) -> KernelManifest:
         """Read one stream from where ``blob`` ends; every chunk is checked before it is added."""
-        stub = urza_pb2_grpc.UrzaServiceStub(self._link.channel)
+        stub = urza_pb2_grpc.UrzaServiceStub(self._link.channel)  # type: ignore[no-untyped-call]
         manifest: KernelManifest | None = None
         request = urza_pb2.StreamKernelRequest(kernel_id=kernel_id, offset=len(blob))
         async for response in stub.StreamKernel(request, timeout=STREAM_SECONDS):

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file with everything in it, readable without a network and years from now.
 
-Curves of the grown network beside its ungrown twin, the seeds' lives, decisions with their reasons, figures of every seed.
+Curves of the grown network beside its ungrown twin, the seeds' lives, decisions with reasons, figures of every seed.
 Plots are drawn by plotly.js, copied from the installed plotly package into the file.
 """
 
@@ -26,7 +26,8 @@ h1{font-size:1.6rem;margin-bottom:0}h2{font-size:1.15rem;margin-top:2.2rem}p.sub
 table{border-collapse:collapse;margin:.6rem 0}th,td{text-align:left;padding:.25rem .8rem .25rem 0;vertical-align:top}
 td.n,th.n{text-align:right}th{color:#57606a;font-weight:600}tr+tr td{border-top:1px solid #d8dee4}
 summary{cursor:pointer;font-weight:600;margin-top:1rem}pre{background:#f6f8fa;padding:.8rem;overflow:auto}
-.big{font-size:1.9rem;font-weight:700}.cards{display:flex;gap:2.5rem;flex-wrap:wrap;margin:1rem 0}.cards div span{color:#57606a}
+.big{font-size:1.9rem;font-weight:700}.cards{display:flex;gap:2.5rem;flex-wrap:wrap;margin:1rem 0}
+.cards div span{color:#57606a}
 """
 _DRAW = """
 const drawn = new Set();
@@ -113,11 +114,19 @@ def _summary(figures: dict[str, Any], runs: Sequence[SeedRun]) -> str:
             (number_text(figures["ungrown_loss"]), "ungrown, test loss"),
             (number_text(figures["grown_loss"]), "grown, test loss"),
         ]
-    shown = "".join(f"<div><div class=big>{escape(value)}</div><span>{escape(what)}</span></div>" for value, what in cards)
+    shown = "".join(
+        f"<div><div class=big>{escape(value)}</div><span>{escape(what)}</span></div>" for value, what in cards
+    )
     rows = [
         ("Run", figures["run"] if len(runs) == 1 else ", ".join(run.result.run for run in runs)),
-        ("Test loss, ungrown → grown", f"{number_text(figures['ungrown_loss'])} → {number_text(figures['grown_loss'])}"),
-        ("Grafts kept / culled / rolled back", f"{figures['fossilized']} / {figures['culled']} / {figures['rolled_back']}"),
+        (
+            "Test loss, ungrown → grown",
+            f"{number_text(figures['ungrown_loss'])} → {number_text(figures['grown_loss'])}",
+        ),
+        (
+            "Grafts kept / culled / rolled back",
+            f"{figures['fossilized']} / {figures['culled']} / {figures['rolled_back']}",
+        ),
         ("Parameters added" + (" (mean)" if len(runs) > 1 else ""), number_text(figures["added_parameters"])),
         ("Largest |folded − unfolded| output", number_text(figures["folded_max_abs_diff"])),
         ("Wall seconds", number_text(figures["wall_seconds"])),
@@ -139,7 +148,16 @@ def _seeds(runs: Sequence[SeedRun]) -> str:
         )
         for run in runs
     ]
-    head = ("run", "seed", "ungrown", "grown", "gain", "kept / culled / rolled back", "parameters added", "fold difference")
+    head = (
+        "run",
+        "seed",
+        "ungrown",
+        "grown",
+        "gain",
+        "kept / culled / rolled back",
+        "parameters added",
+        "fold difference",
+    )
     return _table(head, rows)
 
 
@@ -147,26 +165,32 @@ def _life(plots: dict[str, Any], number: int, run: SeedRun, *, shown: bool) -> s
     """What became of one run's seeds: lanes, alpha, health, decisions, events."""
     parts = [
         _chart(plots, f"lanes-{number}", charts.lanes(run.grown)),
-        _chart(plots, f"alpha-{number}", charts.per_slot(run.grown, "alpha", "Alpha: how much of a kernel reaches the host")),
-        _chart(plots, f"health-{number}", charts.per_slot(run.grown, "health", "Health: below 0.3 a slot asks for growth")),
+        _chart(
+            plots,
+            f"alpha-{number}",
+            charts.per_slot(run.grown, "alpha", "Alpha: how much of a kernel reaches the host"),
+        ),
+        _chart(
+            plots, f"health-{number}", charts.per_slot(run.grown, "health", "Health: below 0.3 a slot asks for growth")
+        ),
         "<h2>Decisions</h2>",
         _table(("epoch", "policy", "action", "confidence", "reasons"), _decisions(run.grown)),
         "<h2>State changes</h2>",
         _table(("epoch", "slot", "from", "to", "kernel", "alpha", "reason", "measured"), _events(run.grown)),
     ]
-    return (
-        f"<details{' open' if shown else ''}><summary>Seeds of {escape(run.result.run)}</summary>{''.join(parts)}</details>"
-    )
+    state = " open" if shown else ""
+    return f"<details{state}><summary>Seeds of {escape(run.result.run)}</summary>{''.join(parts)}</details>"
 
 
 def _decisions(boundaries: Iterable[Boundary]) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for boundary in boundaries:
-        for action in boundary.signal.actions if boundary.signal else ():
+        if boundary.signal is None:
+            continue
+        for action in boundary.signal.actions:
             reasons = "; ".join(
                 f"{reason.code.name}{f' ({reason.detail})' if reason.detail else ''}" for reason in action.reasons
             )
-            assert boundary.signal is not None
             rows.append(
                 (
                     str(boundary.figures.epoch + 1),

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from scipy.special import stdtrit
 
+
 class RunResult(BaseModel):
     """One seed: the grown network beside its ungrown twin.
 
@@ -59,7 +60,7 @@ def interval(values: Sequence[float]) -> float | None:
 def combined(results: Sequence[RunResult], report: str) -> dict[str, Any]:
     """The final figures: of the one run, or means over seeds with the figures of each under ``seeds``.
 
-    ``fossilized`` is the sum over seeds and ``folded_max_abs_diff`` the largest; figures that are not finite become None.
+    ``fossilized`` is the sum over seeds, ``folded_max_abs_diff`` the largest; what is not finite becomes None.
     """
     gains = [gain for result in results if (gain := result.gain) is not None]
     diffs = [result.folded_max_abs_diff for result in results if result.folded_max_abs_diff is not None]

@@ -111,7 +111,12 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TolariaConfig, data: Data, learner: Learner, directory: Path, watchers: tuple[Watcher, ...] = (),
+        self,
+        config: TolariaConfig,
+        data: Data,
+        learner: Learner,
+        directory: Path,
+        watchers: tuple[Watcher, ...] = (),
         facts: Facts | None = None,
     ) -> None:
         self.config = config
@@ -214,7 +219,7 @@ class Trainer:
             inputs, targets = part.take(rows)
             loss = self.data.loss(model(inputs), targets)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.detach() * len(rows)
             self.step += 1
