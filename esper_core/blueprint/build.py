@@ -58,9 +58,7 @@ class KernelModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What to add to the span's output: (batch, *in_shape) → (batch, *out_shape)."""
         values = {INPUT: x.contiguous()}
-        for step in self.analysis.steps:
-            module = self._modules[step.node.name]
-            assert module is not None  # noqa: S101 - set in the constructor
+        for step, module in zip(self.analysis.steps, self.children(), strict=True):
             values[step.node.name] = module(*(values[name] for name in step.node.inputs))
         return values[self.ir.output]
 

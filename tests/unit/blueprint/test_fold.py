@@ -196,6 +196,54 @@ def test_what_is_no_widening_is_left_alone(features: SlotInterface) -> None:
     assert fold_terms(build(catalogue()["bottleneck_mlp"], features), other) is None
 
 
+@pytest.mark.parametrize(
+    ("source", "sink", "strides"),
+    [
+        (_centred(3, stride=2), _centred(3), ("1", "2")),  # the right size, but other pixels
+        (_centred(3).model_copy(update={"padding_h": 0}), _centred(3).model_copy(update={"padding_h": 2}), ("1", "1")),
+        (_centred(3).model_copy(update={"padding_w": 2}), _centred(3).model_copy(update={"padding_w": 0}), ("1", "1")),
+    ],
+)
+def test_windows_that_do_not_line_up_are_no_widening(
+    source: ConvGeometry, sink: ConvGeometry, strides: tuple[str, str]
+) -> None:
+    slot = SlotInterface(
+        layout=Layout.IMAGE, in_width=3, out_width=2, hidden_width=4, in_size=(12, 12),
+        out_size=sink.leaving(source.leaving((12, 12))), activation="relu", source=source, sink=sink, foldable=True,
+    )  # fmt: skip
+    ir = BlueprintIR(
+        name="x",
+        nodes=(
+            Node(name="A", op="conv", inputs=("input",), attributes={"out": "4", "stride": strides[0]}),
+            Node(name="s", op="activation", inputs=("A",), attributes={"kind": "relu"}),
+            Node(name="B", op="conv", inputs=("s",), attributes={"out": "out_width", "stride": strides[1]}),
+        ),
+        output="B",
+        layouts=(Layout.IMAGE,),
+    )
+    assert build(ir, slot)(example_input(slot, 2, 0)).shape == (2, *slot.out_shape)
+    assert not foldable(ir, slot)
+
+
+def test_another_dilation_is_no_widening() -> None:
+    source = _centred(3, stride=3, dilation=2)
+    slot = SlotInterface(
+        layout=Layout.IMAGE, in_width=3, out_width=2, hidden_width=4, in_size=(13, 13),
+        out_size=source.leaving((13, 13)), activation="relu", source=source, sink=_centred(1), foldable=True,
+    )  # fmt: skip
+    window = {"kernel": "3", "padding": "2", "stride": "3"}
+
+    def pair(dilation: str) -> BlueprintIR:
+        a = Node(name="A", op="conv", inputs=("input",), attributes={"out": "4", "dilation": dilation, **window})
+        s = Node(name="s", op="activation", inputs=("A",), attributes={"kind": "relu"})
+        b = Node(name="B", op="conv", inputs=("s",), attributes={"out": "out_width"})
+        return BlueprintIR(name="x", nodes=(a, s, b), output="B", layouts=(Layout.IMAGE,))
+
+    assert foldable(pair("2"), slot)
+    assert units(pair("1"), slot) == 0
+    assert build(pair("1"), slot)(example_input(slot, 2, 0)).shape == (2, *slot.out_shape)
+
+
 def test_a_grouped_host_cannot_take_new_units() -> None:
     window = _centred(3).model_copy(update={"groups": 2})
     slot = SlotInterface(
@@ -218,6 +266,9 @@ def test_plain_copies_say_where_they_came_from(interface: SlotInterface) -> None
         if name not in ("low_rank", "linear_bypass"):
             assert set(fold.origins) == expected, name
         assert "sink_bias" not in fold.origins
+        half = fold_terms(kernel, interface, alpha=0.5)
+        assert half is not None
+        assert set(half.origins) == set(fold.origins) - {"sink_weight"}  # a scaled copy is no plain one
 
 
 def test_gradients_of_plain_copies_agree_so_their_moments_may_move(features: SlotInterface) -> None:

@@ -108,9 +108,10 @@ def test_a_blob_that_does_not_fit_its_blueprint_is_corrupt(kernel: Any, case: st
     assert caught.value.hint
 
 
-def test_a_wrong_parameter_count_is_corrupt(kernel: Any) -> None:
+@pytest.mark.parametrize("field", ["parameters", "blob_bytes"])
+def test_a_wrong_count_is_corrupt(kernel: Any, field: str) -> None:
     with pytest.raises(Corrupt):
-        unpack(kernel.blob, forged(kernel, kernel.blob, parameters=1))
+        unpack(kernel.blob, forged(kernel, kernel.blob, **{field: 1}))
 
 
 def test_weights_that_are_not_finite_are_not_packed(kernel: Any) -> None:

@@ -122,8 +122,12 @@ def test_a_borrowed_key_id(kernel: Any) -> None:
 def test_statements_about_another_kernel(kernel: Any, other: Any) -> None:
     assert "is about" in refused(kernel, [other.build, kernel.validation])
     assert "is about" in refused(kernel, [kernel.build, other.validation])
-    # A swapped digest under the right name.
+    # Its manifest and blob under another name.
     good = statement(kernel.manifest, "build", {})
+    subject = good.subject[0].model_copy(update={"name": other.manifest.kernel_id})
+    renamed = sign(good.model_copy(update={"subject": (subject,)}), kernel.build_key)
+    assert "is about" in refused(kernel, [renamed, kernel.validation])
+    # A swapped digest under the right name.
     subject = good.subject[0].model_copy(update={"digest": {"sha256": other.manifest.blob_sha256}})
     swapped = sign(good.model_copy(update={"subject": (subject,)}), kernel.build_key)
     assert "is about" in refused(kernel, [swapped, kernel.validation])
