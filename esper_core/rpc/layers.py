@@ -93,18 +93,11 @@ async def explained(call: Call, request: Any, proceed: Proceed) -> Any:
         raise
     except EsperError as error:
         incident = _incident(call, error) if isinstance(error, Internal) else ""
-        await _abort(call, error, incident)
-    except Exception as error:  # the boundary: its text must not reach the caller, nor the server die
-        if call.context.done():
-            raise asyncio.CancelledError from error  # the caller is gone; a write to it has failed
+        await call.context.abort_with_status(to_status(error, incident))
+    except Exception as error:  # noqa: BLE001 - the boundary: its text must not reach the caller, nor the server die
         incident = _incident(call, error)
-        await _abort(call, Internal("an internal error", hint=f"the log explains incident {incident}"), incident)
-
-
-async def _abort(call: Call, error: EsperError, incident: str) -> None:
-    if call.context.done():
-        raise asyncio.CancelledError from error  # nobody is left to be told
-    await call.context.abort_with_status(to_status(error, incident))
+        told = Internal("an internal error", hint=f"the log explains incident {incident}")
+        await call.context.abort_with_status(to_status(told, incident))
 
 
 def _incident(call: Call, error: Exception) -> str:

@@ -123,7 +123,7 @@ def test_a_time_without_a_zone_is_refused() -> None:
 
 def test_an_empty_message_is_not_an_unset_one() -> None:
     class Metrics(BaseModel):
-        epoch: int = 0
+        validation_loss: float | None = None
 
     class Run(BaseModel):
         latest: Metrics | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from typing import Any
 
@@ -155,15 +156,43 @@ async def test_a_cancelled_call_is_cancelled_on_the_server(site: Any) -> None:
     await asyncio.wait_for(here.urza.cancelled.wait(), 5)
 
 
-async def test_a_client_that_goes_away_is_no_incident(site: Any, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_an_error_after_the_client_has_gone_is_told_to_nobody(
+    site: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    here = await site()
+    ended = asyncio.Event()
+
+    async def stubborn(_: str) -> Any:
+        try:
+            await here.urza._hold("")
+        except asyncio.CancelledError:
+            ended.set()
+            raise errors.NotFound("too late") from None
+
+    here.urza._stubborn = stubborn
+    stub = await here.stub()
+    call = asyncio.ensure_future(_await(stub.GetKernel(urza_pb2.GetKernelRequest(kernel_id="stubborn"))))
+    await _until_running(here.urza, 1)
+    call.cancel()
+    await asyncio.wait_for(ended.wait(), 5)
+    await here.server.stop(1)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_a_client_that_goes_away_is_no_incident(
+    site: Any, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     here = await site()
     channel = await here.channel()
     call = urza_pb2_grpc.UrzaServiceStub(channel).StreamKernel(urza_pb2.StreamKernelRequest(kernel_id=KERNEL, offset=4))
     await call.read()
+    await asyncio.sleep(0.3)  # it has filled the window by now and waits for us
     await channel.close()
     await asyncio.wait_for(here.urza.cancelled.wait(), 5)
-    await asyncio.sleep(0.05)
+    await here.server.stop(1)
+    gc.collect()  # asyncio complains of a forgotten task when it is collected
     assert "incident" not in capsys.readouterr().err
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_unavailable_is_tried_again_and_nothing_else_is(site: Any) -> None:
