@@ -147,7 +147,8 @@ class Stage:
     def _signed(self, manifest: KernelManifest, role: Role) -> kernel_pb2.Attestation:
         signer = {"build": "tezzeret", "validation": "urabrask"}[role]
         key = (self.endpoints.keys_dir / f"{signer}.key").read_bytes()
-        return to_proto(sign(statement(manifest, role, {}), key), kernel_pb2.Attestation)
+        predicate = {"verdict": "VALIDATED"} if role == "validation" else {}
+        return to_proto(sign(statement(manifest, role, predicate), key), kernel_pb2.Attestation)
 
 
 def registration(run_id: str, slots: tuple[str, ...] = (SLOT,), epoch: int = 0) -> bus_pb2.RunRegistered:
@@ -263,6 +264,13 @@ async def _stop(running: asyncio.Task[None]) -> None:
 async def _up(stage: Stage, running: asyncio.Task[None]) -> bool:
     if running.done():
         running.result()  # why it did not start
+    host, _, port = stage.endpoints.grpc_address.partition(":")
+    try:  # a channel that finds nobody would wait a second before it dials again
+        _, writer = await asyncio.open_connection(host, int(port))
+    except ConnectionError:
+        return False
+    writer.close()
+    await writer.wait_closed()
     return bool(await stage.stub("urza").ListBlueprints(urza_pb2.ListBlueprintsRequest()))
 
 
