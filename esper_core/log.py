@@ -22,7 +22,7 @@ import structlog
 from pydantic import SecretBytes, SecretStr
 from structlog.contextvars import bound_contextvars as context
 
-__all__ = ["configure", "context", "get"]
+__all__ = ["configure", "context", "get", "redact"]
 
 Level = Literal["debug", "info", "warning", "error"]
 
