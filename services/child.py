@@ -23,6 +23,7 @@ from esper_core import errors
 from esper_core.errors import DeadlineExceeded, Exhausted, Internal
 from services.sandbox import MAX_LINE, Job, Limits
 
+_ROOT = str(Path(__file__).resolve().parents[1])
 _KINDS = {cls.__name__: cls for cls in errors.every()}
 
 
@@ -145,9 +146,10 @@ class WarmChild:
         return said
 
     def _environment(self) -> dict[str, str]:
+        given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
         return {
             "PATH": os.defpath,
-            "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in sys.path if path),
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys((_ROOT, *map(os.path.abspath, given)))),
             "PYTHONDONTWRITEBYTECODE": "1",
             "HOME": str(self.scratch),
             "TMPDIR": str(self.scratch),

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import asyncpg
-
 from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.bus import subjects
+from esper_core.bus.database import Connection, Pool
 from esper_core.bus.envelope import Event, wrap
 from esper_core.bus.outbox import enqueue
 from esper_core.errors import InvalidInput
@@ -21,7 +20,7 @@ from esper_core.rpc.convert import from_proto, to_proto
 from services.bell import Bell
 from services.tezzeret import builds
 from services.tezzeret.assortment import assortment
-from services.tezzeret.builds import PIPELINE, Build, Connection, Wish
+from services.tezzeret.builds import PIPELINE, Build, Wish
 from services.tezzeret.designs import Designs
 
 PRINCIPAL = "tezzeret"
@@ -31,7 +30,7 @@ NEWS = "tezzeret"
 class Orders:
     """The counter where wishes are taken."""
 
-    def __init__(self, database: asyncpg.Pool[asyncpg.Record], bell: Bell, designs: Designs) -> None:
+    def __init__(self, database: Pool, bell: Bell, designs: Designs) -> None:
         self._database, self._bell, self._designs = database, bell, designs
 
     async def on_run(self, connection: Connection, event: Event) -> None:

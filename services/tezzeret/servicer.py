@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncpg
 import grpc
 
 from esper_core.blueprint.interface import SlotInterface
+from esper_core.bus.database import Pool
 from esper_core.pb.esper.tezzeret.v1 import tezzeret_pb2, tezzeret_pb2_grpc
 from esper_core.rpc.convert import from_proto, to_proto
 from services import page
@@ -19,7 +19,7 @@ Context = grpc.aio.ServicerContext[object, object]
 class TezzeretServicer(tezzeret_pb2_grpc.TezzeretServiceServicer):
     """See ``protos/esper/tezzeret/v1/tezzeret.proto`` for what each call promises."""
 
-    def __init__(self, database: asyncpg.Pool[asyncpg.Record], orders: Orders) -> None:
+    def __init__(self, database: Pool, orders: Orders) -> None:
         self._database = database
         self._orders = orders
 

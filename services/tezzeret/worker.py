@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import asyncpg
-
 from esper_core import log
 from esper_core.bus import subjects
+from esper_core.bus.database import Pool
 from esper_core.bus.envelope import wrap
 from esper_core.bus.outbox import enqueue
 from esper_core.errors import EsperError, Forbidden, InvalidInput, Unavailable, Unsupported, Untrusted
@@ -75,7 +74,7 @@ class Worker:
 
     def __init__(
         self,
-        database: asyncpg.Pool[asyncpg.Record],
+        database: Pool,
         bell: Bell,
         urza: urza_pb2_grpc.UrzaServiceStub,
         designs: Designs,

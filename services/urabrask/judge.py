@@ -11,11 +11,10 @@ import asyncio
 from functools import partial
 from pathlib import Path
 
-import asyncpg
-
 from esper_core import log
 from esper_core.blueprint.analyse import analyse
 from esper_core.bus import subjects
+from esper_core.bus.database import Pool
 from esper_core.bus.envelope import wrap
 from esper_core.bus.outbox import enqueue
 from esper_core.errors import EsperError, InvalidInput, NotFound, Unavailable, Untrusted
@@ -60,7 +59,7 @@ class Judge:
 
     def __init__(
         self,
-        database: asyncpg.Pool[asyncpg.Record],
+        database: Pool,
         bell: Bell,
         library: Library,
         trust: Path,
@@ -165,7 +164,7 @@ class Judge:
         kernel_id = record.manifest.kernel_id
         message = bus_pb2.KernelCharacterized(
             kernel_id=kernel_id,
-            status=kernel_pb2.KernelStatus.ValueType(verdict.announced),
+            status=kernel_pb2.KernelStatus.Name(verdict.announced),
             reason=verdict.reason[:500],
             tags=verdict.tags,
             interface_id=record.interface_id,

@@ -69,7 +69,7 @@ class Library:
         await self._urza.UpdateKernelStatus(
             urza_pb2.UpdateKernelStatusRequest(
                 kernel_id=record.manifest.kernel_id,
-                status=kernel_pb2.KernelStatus.ValueType(verdict.status),
+                status=kernel_pb2.KernelStatus.Name(verdict.status),
                 reason=verdict.reason,
                 tags=verdict.tags,
                 measurement=_measurement(verdict.measurement),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from esper_core.bus import subjects
+from esper_core.bus.database import Connection
 from esper_core.bus.envelope import Event
 from esper_core.bus.inbox import consume
 from esper_core.pb.esper.bus.v1 import bus_pb2
@@ -14,7 +15,6 @@ from esper_core.rpc.server import ServedService
 from services.bell import Bell
 from services.runtime import Platform, Service
 from services.urabrask import evaluations
-from services.urabrask.evaluations import Connection
 from services.urabrask.judge import NEWS, PRINCIPAL, Judge
 from services.urabrask.library import Library
 from services.urabrask.servicer import UrabraskServicer

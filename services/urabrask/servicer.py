@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncpg
 import grpc
 
+from esper_core.bus.database import Pool
 from esper_core.pb.esper.urabrask.v1 import urabrask_pb2, urabrask_pb2_grpc
 from esper_core.rpc.convert import to_proto
 from services.bell import Bell
@@ -19,7 +19,7 @@ Context = grpc.aio.ServicerContext[object, object]
 class UrabraskServicer(urabrask_pb2_grpc.UrabraskServiceServicer):
     """See ``protos/esper/urabrask/v1/urabrask.proto`` for what each call promises."""
 
-    def __init__(self, database: asyncpg.Pool[asyncpg.Record], bell: Bell, library: Library) -> None:
+    def __init__(self, database: Pool, bell: Bell, library: Library) -> None:
         self._database, self._bell, self._library = database, bell, library
 
     async def GetEvaluation(

@@ -13,6 +13,7 @@ import asyncpg
 
 from esper_core.blueprint.catalogue import catalogue
 from esper_core.blueprint.ir import BlueprintIR
+from esper_core.bus.database import Pool
 from esper_core.errors import InvalidInput, NotFound, nearest
 from services import page
 
@@ -36,7 +37,7 @@ class StoredBlueprint:
 class Blueprints:
     """The shelf of blueprints."""
 
-    def __init__(self, database: asyncpg.Pool[asyncpg.Record]) -> None:
+    def __init__(self, database: Pool) -> None:
         self._database = database
 
     async def seed(self) -> int:

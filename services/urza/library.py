@@ -202,7 +202,7 @@ class Library:
             f"""{KERNEL}
             WHERE ($1 = '' OR k.interface_id = $1) AND ($2 = 0 OR k.status = $2)
               AND k.tags @> $3 AND NOT k.tags && $4
-              AND ($5 = 0 OR k.parameters <= $5) AND ($6 = 0 OR k.forward_seconds <= $6)
+              AND ($5 = 0 OR k.parameters <= $5) AND ($6::double precision = 0 OR k.forward_seconds <= $6)
               AND ($7 = '' OR k.blueprint_id = $7) AND (k.parameters, k.kernel_id) > ($8, $9)
             ORDER BY k.parameters, k.kernel_id LIMIT $10""",
             query.interface_id,

@@ -4,7 +4,6 @@ import asyncio
 import dataclasses
 import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -13,12 +12,13 @@ from esper_core.errors import DeadlineExceeded, Exhausted, Internal, InvalidInpu
 from services.child import WarmChild
 from services.sandbox import Limits
 
+WORKS = "tests.unit.tezzeret.child_works"
 LIMITS = Limits(wall_seconds=10.0, cpu_seconds=5.0, memory_bytes=512 << 20, idle_seconds=20.0)
 
 
 @pytest.fixture
 async def child() -> AsyncIterator[WarmChild]:
-    child = WarmChild("child_works", LIMITS)
+    child = WarmChild(WORKS, LIMITS)
     yield child
     await child.close()
     assert child.pid is None
@@ -56,7 +56,7 @@ async def test_a_killed_child_is_told_of_and_replaced(child: WarmChild) -> None:
 
 
 async def test_time_is_bounded() -> None:
-    child = WarmChild("child_works", dataclasses.replace(LIMITS, wall_seconds=0.5))
+    child = WarmChild(WORKS, dataclasses.replace(LIMITS, wall_seconds=0.5))
     try:
         await child.ask({"do": "echo", "say": "warm"})
         pid = child.pid
@@ -66,7 +66,7 @@ async def test_time_is_bounded() -> None:
         assert not psutil.pid_exists(pid)
     finally:
         await child.close()
-    child = WarmChild("child_works", dataclasses.replace(LIMITS, cpu_seconds=0.5))
+    child = WarmChild(WORKS, dataclasses.replace(LIMITS, cpu_seconds=0.5))
     try:
         with pytest.raises(Exhausted, match="SIGXCPU"):
             await child.ask({"do": "spin"})
@@ -75,7 +75,7 @@ async def test_time_is_bounded() -> None:
 
 
 async def test_an_idle_child_leaves_and_the_next_job_starts_another() -> None:
-    child = WarmChild("child_works", dataclasses.replace(LIMITS, idle_seconds=0.3))
+    child = WarmChild(WORKS, dataclasses.replace(LIMITS, idle_seconds=0.3))
     try:
         first = (await child.ask({"do": "echo", "say": 1}))["pid"]
         deadline = asyncio.get_running_loop().time() + 10
@@ -99,4 +99,4 @@ async def test_a_cancelled_job_takes_its_child_along_and_close_removes_the_scrat
     assert not psutil.pid_exists(pid)
     assert os.stat(scratch).st_mode & 0o777 == 0o700
     await child.close()
-    assert not Path(scratch).exists()
+    assert not os.path.exists(scratch)  # noqa: ASYNC240

@@ -1,0 +1,97 @@
+"""Oona, Urza, Tezzeret and Urabrask as the platform runs them, over real servers, once for all tests here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import aioboto3
+import asyncpg
+import pytest
+from papers import Innovation
+
+from esper_core.config import Endpoints
+from services.composition import run
+
+NAMES = ("oona", "urza", "tezzeret", "urabrask")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def own_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A nats-server of our own: consumers have global names, and other tests purge the shared one."""
+    folder, port = tmp_path_factory.mktemp("nats"), free_port()
+    config = folder / "nats.conf"
+    config.write_text(f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{folder}" }}\n')
+    program = Path(sys.executable).with_name("nats-server")
+    process = subprocess.Popen([program, "-c", config], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 10
+    while True:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 0.2):
+            break
+        assert time.monotonic() < deadline, "nats-server does not listen"
+        time.sleep(0.02)
+    yield f"nats://127.0.0.1:{port}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="session")
+async def endpoints(stack: Endpoints, own_nats: str) -> AsyncIterator[Endpoints]:
+    """The stack with a NATS, a database, a bucket and ports of our own."""
+    dsn = stack.postgres_dsn.get_secret_value()
+    connection = await asyncpg.connect(dsn)
+    await connection.execute("DROP DATABASE IF EXISTS innovation WITH (FORCE)")
+    await connection.execute("CREATE DATABASE innovation STRATEGY = file_copy")
+    grpc = f"127.0.0.1:{free_port()}"
+    yield stack.model_validate(
+        {
+            **stack.model_dump(),
+            "nats_url": own_nats,
+            "nats_user": None,
+            "nats_password": None,
+            "postgres_dsn": dsn.replace("/esper?", "/innovation?"),
+            "s3_bucket": "innovation",
+            "grpc_address": grpc,
+            "grpc_listen": grpc,
+            "metrics_port": free_port(),
+        }
+    )
+    await connection.execute("DROP DATABASE innovation WITH (FORCE)")
+    await connection.close()
+
+
+@pytest.fixture(scope="session")
+async def innovation(endpoints: Endpoints) -> AsyncIterator[Innovation]:
+    """The running services and ways to talk to them."""
+    task = asyncio.create_task(run(endpoints, NAMES))
+    made = await Innovation.connect(endpoints)
+    yield made
+    await made.close()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+@pytest.fixture(scope="session")
+def s3(endpoints: Endpoints) -> contextlib.AbstractAsyncContextManager[object]:
+    """A client of the blob store behind Urza's back."""
+    client: contextlib.AbstractAsyncContextManager[object] = aioboto3.Session().client(
+        "s3",
+        endpoint_url=endpoints.s3_endpoint,
+        aws_access_key_id=endpoints.s3_access_key,
+        aws_secret_access_key=endpoints.s3_secret_key.get_secret_value(),
+        region_name=endpoints.s3_region,
+    )
+    return client
