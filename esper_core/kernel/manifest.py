@@ -1,13 +1,12 @@
 """The manifest of a compiled kernel: a blueprint bound to one interface, with the digest of its initial weights.
 
-Field names equal those of ``KernelManifest``, ``Provenance`` and ``Measurement`` in ``esper.core.v1``. A manifest says
+Field names equal those of ``KernelManifest`` and ``Provenance`` in ``esper.core.v1``. A manifest says
 what a kernel is; whether anyone vouches for it is :mod:`esper_core.kernel.trust`'s question, and the weights themselves
 are :mod:`esper_core.kernel.pack`'s. Free of torch.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -20,19 +19,6 @@ from esper_core.ids import content_id, sha256
 
 MAX_BLOB_BYTES = 1 << 30
 REBUILD = "fetch the kernel again, or have it compiled anew"
-
-
-class KernelStatus(enum.IntEnum):
-    """What is known of a kernel's fitness; the numbers equal those of ``esper.core.v1.KernelStatus``."""
-
-    COMPILED = 1
-    """Built and stored; nothing measured yet."""
-    VALIDATED = 2
-    """Measured and fit for use. Only Urabrask sets this."""
-    REJECTED = 3
-    """Measured and unfit. Only Urabrask sets this."""
-    RETIRED = 4
-    """Withdrawn after it had been validated."""
 
 
 class Provenance(BaseModel):
@@ -52,33 +38,6 @@ class Provenance(BaseModel):
     """Peak resident bytes of the build process."""
     parity_max_abs_diff: float = Field(default=0.0, ge=0)
     """Largest |eager - rebuilt from the artifact| over the parity batch."""
-
-
-class Measurement(BaseModel):
-    """What was measured on the artifact itself."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    batch: int = Field(default=0, ge=0)
-    """Rows in the measured batch."""
-    forward_seconds: float = Field(default=0.0, ge=0)
-    """Median for one batch."""
-    forward_seconds_p99: float = Field(default=0.0, ge=0)
-    """99th percentile of the same."""
-    backward_seconds: float = Field(default=0.0, ge=0)
-    """Median of forward and backward for one batch."""
-    peak_memory_bytes: int = Field(default=0, ge=0)
-    """Peak resident bytes above the idle child."""
-    precision_drift: float = Field(default=0.0, ge=0)
-    """Largest |float32 - float64| of the output, relative to its scale."""
-    gradient_norm: float = Field(default=0.0, ge=0)
-    """Of the parameters, for a unit-scale loss."""
-    deterministic: bool = False
-    """Whether two equal calls gave equal bytes."""
-    repetitions: int = Field(default=0, ge=0)
-    """Timed repetitions."""
-    target: str = Field(default="", max_length=120)
-    """Fingerprint of the machine kind it was measured on."""
 
 
 class KernelManifest(BaseModel):

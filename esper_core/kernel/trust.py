@@ -15,7 +15,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from esper_core.clock import SYSTEM, Clock
 from esper_core.errors import InvalidInput, NotFound, Untrusted
 from esper_core.ids import sha256
-from esper_core.kernel.manifest import KernelManifest, KernelStatus
+from esper_core.kernel.manifest import KernelManifest
+from esper_core.kernel.record import KernelStatus
 from esper_core.kernel.sign import PREDICATES, Attestation, Role, Statement, check_signature, key_id
 
 MAX_BYTES = 1 << 20

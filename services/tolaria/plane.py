@@ -13,7 +13,7 @@ from esper_core.config import Endpoints
 from esper_core.control.packet import Command
 from esper_core.control.roles import Controller, KernelSource
 from esper_core.errors import EsperError
-from esper_core.kernel.manifest import KernelStatus
+from esper_core.kernel.record import KernelStatus
 from esper_core.nn.cache import KernelCache
 from esper_core.nn.host import Slot
 from esper_core.pb.esper.core.v1 import blueprint_pb2, run_pb2

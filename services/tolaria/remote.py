@@ -23,9 +23,9 @@ from esper_core.errors import (
     Untrusted,
 )
 from esper_core.ids import sha256
-from esper_core.kernel.manifest import KernelManifest, KernelStatus
+from esper_core.kernel.manifest import KernelManifest
 from esper_core.kernel.pack import unpack
-from esper_core.kernel.record import KernelRecord
+from esper_core.kernel.record import KernelRecord, KernelStatus
 from esper_core.kernel.trust import TrustList, verify_kernel
 from esper_core.log import get
 from esper_core.nn.cache import KernelCache

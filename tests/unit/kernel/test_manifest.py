@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from esper_core.errors import Corrupt, InvalidInput
-from esper_core.kernel.manifest import KernelManifest, KernelStatus, Measurement
+from esper_core.kernel.manifest import KernelManifest
+from esper_core.kernel.record import KernelStatus, Measurement
 from esper_core.pb.esper.core.v1 import kernel_pb2
 from esper_core.rpc.convert import from_proto, to_proto
 
@@ -76,5 +77,8 @@ def test_statuses_and_measurements_are_twins_of_the_contract() -> None:
     assert {f"KERNEL_STATUS_{status.name}": int(status) for status in KernelStatus} == {
         name: number for name, number in kernel_pb2.KernelStatus.items() if number
     }
-    figures = Measurement(batch=8, forward_seconds=0.25, gradient_norm=1.5, deterministic=True, target="cpu")
+    figures = Measurement(
+        batch=8, forward_seconds=0.25, forward_seconds_p99=0.5, backward_seconds=1.0, peak_memory_bytes=2**40,
+        precision_drift=1e-7, gradient_norm=1.5, deterministic=True, repetitions=30, target="cpu",
+    )  # fmt: skip
     assert from_proto(to_proto(figures, kernel_pb2.Measurement), Measurement) == figures
