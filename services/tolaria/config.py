@@ -6,6 +6,7 @@ or data set is refused rather than ignored.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -152,7 +153,10 @@ class CheckpointConfig(Section):
 class ServicesConfig(Section):
     """Where the platform is and how patient the run is with it."""
 
-    data_dir: Path = Field(default_factory=default_data_dir, description="the platform's data directory")
+    data_dir: Path = Field(
+        default_factory=lambda: Path(os.environ.get("ESPER_DATA_DIR") or default_data_dir()),
+        description="the platform's data directory, as for esperctl",
+    )
     offline: bool = Field(False, description="no platform: decide in process, with the built-in blueprints")
     drain_seconds: float = Field(10.0, ge=0, le=3600, description="at the end, wait this long to deliver what is left")
 
