@@ -79,19 +79,25 @@ async def run(endpoints: Endpoints, names: Sequence[str]) -> None:
         server = await _serve(endpoints, services)
         stack.push_async_callback(_drain, platform, server)
         for name, task in _tasks(platform, services):
-            tasks.append(asyncio.create_task(supervise(name, task), name=name))
+            tasks.append(asyncio.create_task(supervise(name, task, platform.draining), name=name))
         _log.info("up", services=list(names), address=endpoints.grpc_address, tasks=len(tasks))
         await asyncio.Event().wait()
 
 
-async def supervise(name: str, task: Task) -> None:
-    """Run ``task`` for ever: when it fails or returns, say so and start it again after a growing pause."""
+async def supervise(name: str, task: Task, draining: asyncio.Event) -> None:
+    """Run ``task`` until draining: when it fails or returns, say so and start it again after a growing pause."""
     pause = PAUSE_FIRST
-    while True:
+    while not draining.is_set():
         begun = SYSTEM.monotonic()
         try:
             await task()
-            _log.error("task.returned", task=name)
+            if not draining.is_set():
+                _log.error("task.returned", task=name)
+        except asyncio.CancelledError:
+            mine = asyncio.current_task()
+            if mine is None or mine.cancelling():
+                raise
+            _log.error("task.cancelled", task=name)  # from within: nobody asked this task to end
         except Exception as error:  # noqa: BLE001 - a task may fail in any way; the others must go on and it must come back
             _log.error(
                 "task.failed", task=name, error=f"{type(error).__name__}: {error}", exc_info=not _expected(error)

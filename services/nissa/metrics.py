@@ -31,7 +31,7 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry, database: Pool, journal: Journal, version: str) -> None:
         self._database = database
         self._journal = journal
-        self._shown: set[str] = set()
+        self._shown: dict[Gauge, set[str]] = {}
         self._ordinal: int | None = None
         self.events = Counter("esper_events", "Events written in the journal.", ["type"], registry=registry)
         self.epochs = Counter("esper_epochs", "Epochs completed, over all runs.", registry=registry)
@@ -113,13 +113,15 @@ class Metrics:
 
     def _show(self, rows: Sequence[asyncpg.Record]) -> None:
         latest = {str(row["run_id"]): json.loads(row["metrics"]) for row in rows}
-        for run_id in self._shown - latest.keys():
-            self.loss.remove(run_id)
-            self.accuracy.remove(run_id)
-        self._shown = set(latest)
-        for run_id, figures in latest.items():
-            self.loss.labels(run_id).set(float(figures.get("train_loss", 0.0)))
-            self.accuracy.labels(run_id).set(float(figures.get("validation_accuracy", "nan")))
+        losses = {run_id: figures.get("train_loss", 0.0) for run_id, figures in latest.items()}
+        measured = {run_id: figures for run_id, figures in latest.items() if "validation_accuracy" in figures}
+        accuracies = {run_id: figures["validation_accuracy"] for run_id, figures in measured.items()}
+        for gauge, values in ((self.loss, losses), (self.accuracy, accuracies)):
+            for run_id, value in values.items():
+                gauge.labels(run_id).set(float(value))
+            for run_id in self._shown.get(gauge, set()) - values.keys():
+                gauge.remove(run_id)
+            self._shown[gauge] = set(values)
 
 
 def _state(name: str) -> str:

@@ -76,8 +76,8 @@ class Stage:
         return STUBS[service](self.channels[principal])
 
     async def hang_up(self) -> None:
-        for channel in self.channels.values():
-            await channel.close()
+        while self.channels:
+            await self.channels.popitem()[1].close()
 
     def seal(self, message: Message, run_id: str, epoch: int = 0, sequence: int | None = None) -> bus_pb2.EventEnvelope:
         """An envelope as the run's training process would make it; the next sequence unless given."""
@@ -233,26 +233,32 @@ async def empty_streams(bus: Bus) -> None:
         await bus.jetstream.purge_stream(stream.name)
 
 
-async def connect(endpoints: Endpoints) -> Bus:
-    password = endpoints.nats_password.get_secret_value() if endpoints.nats_password else None
-    return await Bus.connect(endpoints.nats_url, endpoints.nats_user, password, "test")
+@contextlib.asynccontextmanager
+async def visiting(endpoints: Endpoints) -> AsyncIterator[Stage]:
+    """The outside of a platform that somebody else starts; its streams are emptied first."""
+    async with contextlib.AsyncExitStack() as stack:
+        password = endpoints.nats_password.get_secret_value() if endpoints.nats_password else None
+        bus = await Bus.connect(endpoints.nats_url, endpoints.nats_user, password, "test")
+        stack.push_async_callback(bus.close)
+        await empty_streams(bus)
+        pool = await open_pool(endpoints.postgres_dsn.get_secret_value(), size=4)
+        stack.push_async_callback(pool.close)
+        stage = Stage(endpoints, bus, pool)
+        stack.push_async_callback(stage.hang_up)
+        yield stage
 
 
 @contextlib.asynccontextmanager
 async def staged(endpoints: Endpoints) -> AsyncIterator[Stage]:
     """A running platform; stopped in order afterwards."""
-    async with contextlib.AsyncExitStack() as stack:
-        bus = await connect(endpoints)
-        stack.push_async_callback(bus.close)
-        await empty_streams(bus)
-        pool = await open_pool(endpoints.postgres_dsn.get_secret_value(), size=4)
-        stack.push_async_callback(pool.close)
+    async with visiting(endpoints) as stage:
         running = asyncio.create_task(composition.run(endpoints, NAMES))
-        stack.push_async_callback(_stop, running)
-        stage = Stage(endpoints, bus, pool)
-        stack.push_async_callback(stage.hang_up)
-        await until(lambda: _up(stage, running))
-        yield stage
+        try:
+            await until(lambda: _up(stage, running))
+            yield stage
+        finally:
+            await stage.hang_up()
+            await _stop(running)
 
 
 async def _stop(running: asyncio.Task[None]) -> None:

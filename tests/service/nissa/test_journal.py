@@ -106,7 +106,7 @@ async def test_dead_letters_are_listed_with_their_reason(stage: Stage, run_id: s
 
 
 async def test_metrics_tell_what_happened(stage: Stage, run_id: str) -> None:
-    before = await scrape(stage)
+    before = await until(lambda: settled(stage))
     await stage.register(run_id)
     await stage.epoch(run_id, 0, 0.625)
     await stage.seed(run_id, State.DORMANT, State.GERMINATED, 0)
@@ -130,6 +130,13 @@ async def test_metrics_tell_what_happened(stage: Stage, run_id: str) -> None:
     assert "esper_outbox_pending{}" in after
     assert "esper_dead_letters{}" in after
     assert any(key.startswith("esper_build_info") for key in after)
+
+
+async def settled(stage: Stage) -> Mapping[str, float] | None:
+    """The metrics once they tell of every event so far."""
+    now = await scrape(stage)
+    told = sum(value for key, value in now.items() if key.startswith("esper_events_total"))
+    return now if told == await stage.database.fetchval("SELECT max(ordinal) FROM nissa.events") else None
 
 
 async def scrape(stage: Stage) -> dict[str, float]:
