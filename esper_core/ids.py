@@ -42,7 +42,7 @@ def check_name(name: str, what: str) -> str:
     Raises:
         InvalidInput: when it is not 1–63 of a–z, 0–9 and ``-``, beginning with a letter or digit.
     """
-    if not NAME.match(name):
+    if not NAME.fullmatch(name):
         raise InvalidInput(
             f"{what} {name!r} is not a valid name", hint="use 1-63 characters of a-z, 0-9 and '-', e.g. digits-1"
         )

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from esper_core.control import resume
+from esper_core.control.boundary import Boundary, BoundaryReport
 from esper_core.control.governor import Governor
 from esper_core.control.harvest import GrowthReport, harvest
 from esper_core.control.heuristic import HeuristicController
 from esper_core.control.ledger import Ledger
 from esper_core.control.packet import (
-    AdaptationSignal,
     Budget,
     Command,
     FieldReport,
-    HealthSignal,
     SeedEvent,
 )
 from esper_core.control.plot import Plot
@@ -34,7 +32,7 @@ from esper_core.control.roles import Controller, KernelSource
 from esper_core.control.seed import Seed
 from esper_core.control.settings import GrowthSettings
 from esper_core.control.source import CatalogueSource
-from esper_core.control.stages import STAGES, Boundary
+from esper_core.control.stages import STAGES
 from esper_core.control.survey import Survey
 from esper_core.errors import Conflict, EsperError
 from esper_core.ids import new_id
@@ -42,29 +40,6 @@ from esper_core.lifecycle import BLENDED, IN_FLIGHT, State, check
 from esper_core.nn.cache import KernelCache
 from esper_core.nn.host import Host
 from esper_core.nn.probe import Batch, LossFunction
-
-
-@dataclass(frozen=True)
-class BoundaryReport:
-    """What one ``step`` did.
-
-    Attributes:
-        events: every state change, in order.
-        signal: the controller's answer; None when it was not asked or did not answer.
-        health: vital signs per slot.
-        reports: of the grafts that ended.
-        refused: commands that could not be obeyed, with the reason.
-        seconds: wall seconds per part: measure, decide, stages.
-        rolled_back: whether host and optimiser went back to an earlier epoch's values.
-    """
-
-    events: tuple[SeedEvent, ...]
-    signal: AdaptationSignal | None
-    health: tuple[HealthSignal, ...]
-    reports: tuple[FieldReport, ...]
-    refused: tuple[tuple[Command, str], ...]
-    seconds: dict[str, float]
-    rolled_back: bool
 
 
 class Grower:

@@ -100,9 +100,9 @@ class HeuristicPolicy:
             else:
                 worthy.append((_worth(slot.evidence[-1]), slot, verdict))
         worthy.sort(key=lambda entry: -entry[0])
-        for place, (worth, _, reasons) in enumerate(worthy):
-            if place == 0:
-                reasons.append(Reason(code=ReasonCode.BEST_PLACE, detail="most gain per added parameter", value=worth))
+        if worthy:
+            worth, _, reasons = worthy[0]
+            reasons.append(Reason(code=ReasonCode.BEST_PLACE, detail="most gain per added parameter", value=worth))
         return [(slot, reasons) for _, slot, reasons in worthy], abstentions
 
     def _verdict(self, epoch: int, slot: SlotState) -> Reason | list[Reason]:
@@ -123,8 +123,18 @@ class HeuristicPolicy:
             detail = f"{slot.slot}: the evidence does not hold surely in two evaluations"
             return Reason(code=ReasonCode.NOT_CONFIDENT, detail=detail, value=confidence, threshold=sure)
         return [
-            Reason(code=ReasonCode.UNHEALTHY, detail="asks for growth", value=health, threshold=limit),
-            Reason(code=ReasonCode.CONFIDENT, detail="held twice", value=confidence, threshold=sure),
+            Reason(
+                code=ReasonCode.UNHEALTHY,
+                detail=f"health {health:.2f} is below {limit:g}",
+                value=health,
+                threshold=limit,
+            ),
+            Reason(
+                code=ReasonCode.CONFIDENT,
+                detail=f"{confidence:.0%} sure in two evaluations",
+                value=confidence,
+                threshold=sure,
+            ),
         ]
 
     def _kernel(self, slot: SlotState, reasons: list[Reason], left: int | None) -> Choice | Reason:
@@ -153,7 +163,7 @@ class HeuristicPolicy:
         share = covered(best)
         fits = Reason(
             code=ReasonCode.KERNEL_FITS_SPECTRUM,
-            detail=f"{best.blueprint_name} adds {_cost(slot, best)} parameters",
+            detail=f"{best.blueprint_name} covers {share:.0%} of it with {_cost(slot, best)} parameters",
             value=share,
             threshold=self.settings.coverage,
         )

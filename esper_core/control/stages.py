@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
-from esper_core.control.governor import Governor
+from esper_core.control.boundary import Boundary
 from esper_core.control.packet import RampStyle, SeedEvent
-from esper_core.control.plot import Plot
-from esper_core.control.roles import KernelSource
 from esper_core.control.seed import Seed
 from esper_core.errors import EsperError
 from esper_core.ids import sha256
@@ -21,18 +18,6 @@ from esper_core.lifecycle import State
 from esper_core.nn.counterfactual import Contribution, contribution
 from esper_core.nn.host import Slot
 from esper_core.nn.isolated import amplify, prepare, teach
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """What the stages may ask at one epoch boundary."""
-
-    plot: Plot
-    source: KernelSource
-    governor: Governor
-    epoch: int
-    train_loss: float
-    keep_snapshot: Callable[[Seed], None]
 
 
 def germinated(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent:
