@@ -32,7 +32,7 @@ MAX_GRADIENT, MIN_GRADIENT = 1e6, 1e-10
 """Range that the norm of an awake kernel's parameter gradient must stay in."""
 
 
-class Unfit(Exception):  # noqa: N818 - a finding, not a failure
+class Unfit(Exception):
     """The kernel must not be used; the message says why."""
 
 
@@ -57,8 +57,10 @@ def check(make: Make, interface: SlotInterface, rows: int = ROWS) -> None:
     for name, x in inputs.items():
         _asleep(make(), x, (rows, *leaves), name)
     _can_learn(make(), normal)
-    for name, x in inputs.items():
-        _awake(awaken(make()), x, name)
+    reached = set[str]().union(*(_awake(awaken(make()), x, name) for name, x in inputs.items()))
+    for name, parameter in make().named_parameters():
+        if parameter.dim() > 1 and name not in reached:
+            raise Unfit(f"the gradient vanishes before weight {name}, whatever enters")
     _repeatable(make, normal)
 
 
@@ -114,17 +116,20 @@ def _can_learn(module: nn.Module, x: Tensor) -> None:
         raise Unfit(f"as inserted it cannot learn: its gradient's norm is {norm:.3g}")
 
 
-def _awake(module: nn.Module, x: Tensor, name: str) -> None:
+def _awake(module: nn.Module, x: Tensor, name: str) -> set[str]:
+    """Names of the parameters that a gradient reached."""
     y, at_input, at_parameters = gradients(module, x)
     if not torch.isfinite(y).all():
         raise Unfit(f"its output is not finite for {name} input")
-    for what, gradient in [("input", at_input), *zip(dict(module.named_parameters()), at_parameters, strict=True)]:
+    gradients_by_name = dict(zip(dict(module.named_parameters()), at_parameters, strict=True))
+    for what, gradient in {"input": at_input, **gradients_by_name}.items():
         if gradient is None:
             raise Unfit(f"no gradient reaches its weight {what}")
         if not torch.isfinite(gradient).all():
             raise Unfit(f"the gradient at {what} is not finite for {name} input")
     if name == "an ordinary":
         _scale(y, gradient_norm(at_parameters))
+    return {what for what, gradient in gradients_by_name.items() if gradient is not None and bool(gradient.any())}
 
 
 def _scale(y: Tensor, norm: float) -> None:

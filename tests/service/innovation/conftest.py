@@ -14,10 +14,10 @@ from pathlib import Path
 import aioboto3
 import asyncpg
 import pytest
-from papers import Innovation
 
 from esper_core.config import Endpoints
 from services.composition import run
+from tests.service.innovation.papers import Innovation
 
 NAMES = ("oona", "urza", "tezzeret", "urabrask")
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import psutil
 import pytest
-from papers import Innovation, interface, run_id, until
 
 from esper_core.blueprint.catalogue import catalogue
 from esper_core.blueprint.interface import Layout, SlotInterface
@@ -24,6 +23,7 @@ from esper_core.pb.esper.core.v1 import blueprint_pb2, run_pb2
 from esper_core.pb.esper.tezzeret.v1 import tezzeret_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import to_proto
+from tests.service.innovation.papers import Innovation, interface, run_id, until
 
 DONE, FAILED = tezzeret_pb2.BUILD_STATE_DONE, tezzeret_pb2.BUILD_STATE_FAILED
 

@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from papers import Innovation
 
 from esper_core.blueprint.catalogue import catalogue
 from esper_core.blueprint.ir import BlueprintIR
@@ -14,6 +13,7 @@ from esper_core.errors import EsperError, Forbidden, InvalidInput, NotFound
 from esper_core.pb.esper.core.v1 import blueprint_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import from_proto, to_proto
+from tests.service.innovation.papers import Innovation
 
 
 def wire(ir: BlueprintIR) -> blueprint_pb2.BlueprintIR:

@@ -9,7 +9,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from papers import Innovation, Kernel, interface, parts
 
 from esper_core.errors import (
     Conflict,
@@ -28,6 +27,7 @@ from esper_core.kernel.trust import TrustList, verify_kernel
 from esper_core.pb.esper.core.v1 import kernel_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import to_proto
+from tests.service.innovation.papers import Innovation, Kernel, interface, parts
 
 MEASUREMENT = Measurement(
     batch=64,
