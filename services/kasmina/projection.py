@@ -33,6 +33,22 @@ ON CONFLICT (seed_id) DO UPDATE SET
     state = excluded.state, kernel_id = excluded.kernel_id, blueprint_name = excluded.blueprint_name,
     alpha = excluded.alpha, epoch = excluded.epoch, sequence = excluded.sequence, changed = excluded.changed
 """
+_PLANT = """
+INSERT INTO kasmina.seeds
+    (seed_id, run_id, slot, generation, state, kernel_id, blueprint_name, alpha, epoch, sequence)
+SELECT $1 || '/' || slot || '/' || generation, $1, slot, generation, $2, '', '', 0, max(epoch), 0
+FROM (
+    SELECT slot, 0 AS generation, 0 AS epoch FROM kasmina.slots WHERE run_id = $1
+    UNION ALL
+    SELECT slot, generation + 1, epoch FROM kasmina.seeds WHERE run_id = $1 AND state = $2 AND sequence > 0
+    UNION ALL
+    SELECT f.slot, f.generation + 1, f.epoch FROM kasmina.folds f
+    WHERE f.run_id = $1 AND NOT EXISTS (
+        SELECT FROM kasmina.registrations r WHERE r.run_id = $1 AND r.sequence > f.sequence AND r.epoch <= f.epoch)
+) born
+GROUP BY slot, generation ORDER BY slot, generation
+ON CONFLICT DO NOTHING
+"""
 
 
 @dataclass(frozen=True)
@@ -82,19 +98,24 @@ class Projection:
         await connection.execute(_DERIVE, fact.run_id, None)
         await self._plant(connection, fact.run_id)
 
-    async def _plant(self, connection: Connection, run_id: str) -> None:
-        """Give every slot of which no seed was told its first, dormant one."""
+    async def fold(self, connection: Connection, fact: Fact, slot: str, generation: int, epoch: int) -> None:
+        """Note that a fossil has become part of its host: its slot offers room for the next generation."""
+        await connection.execute(_ORDER)
         await connection.execute(
-            """
-            INSERT INTO kasmina.seeds
-                (seed_id, run_id, slot, generation, state, kernel_id, blueprint_name, alpha, epoch, sequence)
-            SELECT run_id || '/' || slot || '/0', run_id, slot, 0, $2, '', '', 0, 0, 0
-            FROM kasmina.slots WHERE run_id = $1 ORDER BY slot
-            ON CONFLICT DO NOTHING
-            """,
-            run_id,
-            State.DORMANT,
+            "INSERT INTO kasmina.folds VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT DO NOTHING",
+            fact.event_id,
+            fact.run_id,
+            slot,
+            generation,
+            fact.sequence,
+            epoch,
         )
+        await self._plant(connection, fact.run_id)
+
+    async def _plant(self, connection: Connection, run_id: str) -> None:
+        """Put a dormant seed where a run has one of which nothing was told: its slots' first, and the next generation
+        after an embargo or a fold."""
+        await connection.execute(_PLANT, run_id, State.DORMANT)
 
     async def end(self, connection: Connection, fact: Fact, state: int) -> None:
         """Note that a run has ended."""
@@ -125,17 +146,21 @@ class Projection:
             json.dumps(event),
         )
         await connection.execute(_DERIVE, fact.run_id, seed_id)
+        await self._plant(connection, fact.run_id)
 
     async def measure(self, connection: Connection, fact: Fact, epoch: int, signals: Mapping[str, Json]) -> None:
-        """Note the vital signs of a run's slots at ``epoch``; older ones than ``KEPT_EPOCHS`` are forgotten."""
+        """Note the vital signs of a run's slots at ``epoch``; older ones than ``KEPT_EPOCHS`` are forgotten.
+
+        Telemetry may be lost and has no order of its own (sequence 0): then the last that comes in counts.
+        """
         rows = [(fact.run_id, slot, epoch, fact.sequence, json.dumps(signal)) for slot, signal in signals.items()]
         await connection.executemany(
             """
             INSERT INTO kasmina.telemetry AS t
-            SELECT $1, $2, $3, $4, $5 WHERE NOT EXISTS (
+            SELECT $1, $2, $3, $4, $5 WHERE $4::bigint = 0 OR NOT EXISTS (
                 SELECT FROM kasmina.registrations r WHERE r.run_id = $1 AND r.sequence > $4 AND r.epoch <= $3)
             ON CONFLICT (run_id, slot, epoch) DO UPDATE SET sequence = excluded.sequence, signal = excluded.signal
-            WHERE t.sequence < excluded.sequence
+            WHERE t.sequence < excluded.sequence OR excluded.sequence = 0
             """,
             rows,
         )

@@ -103,7 +103,7 @@ class Seeds:
         row = await self._database.fetchrow(
             f"""
             {_SELECT} WHERE s.run_id = $1 AND s.slot = $2 AND ($3::bigint IS NULL OR s.generation = $3)
-            ORDER BY s.state <> {State.DORMANT:d} DESC, s.generation DESC LIMIT 1
+            ORDER BY s.sequence > 0 DESC, s.generation DESC LIMIT 1
             """,
             run_id,
             slot,

@@ -18,7 +18,7 @@ from esper_core.bus.outbox import enqueue
 from esper_core.control.packet import Command
 from esper_core.errors import InvalidInput
 from esper_core.pb.esper.bus.v1 import bus_pb2
-from esper_core.pb.esper.core.v1 import kernel_pb2, lifecycle_pb2
+from esper_core.pb.esper.core.v1 import decision_pb2, kernel_pb2, lifecycle_pb2
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2_grpc
 from esper_core.pb.esper.urza.v1 import urza_pb2, urza_pb2_grpc
 from esper_core.rpc.convert import from_proto, to_proto
@@ -32,6 +32,7 @@ from services.runtime import Platform, Service
 
 SERVICE = "esper.kasmina.v1.KasminaService"
 PRINCIPAL = "kasmina"
+FACTS = (subjects.RUN_EVENTS.all, subjects.SEED_EVENTS.all, subjects.FIELD_REPORTS.all)
 UrzaStub: Any = urza_pb2_grpc.UrzaServiceStub  # generated without types
 
 
@@ -61,6 +62,10 @@ class Facts:
             if message.seed_id != f"{run_id}/{message.slot}/{message.generation}":
                 raise InvalidInput(f"seed {message.seed_id!r} is not named after its run, slot and generation")
             await self._projection.change(connection, fact, message.seed_id, message.epoch, _json(message))
+        elif isinstance(message, decision_pb2.FieldReport):
+            if message.folded:
+                generation = _generation(message.seed_id, run_id, message.slot)
+                await self._projection.fold(connection, fact, message.slot, generation, message.finished_epoch)
         elif isinstance(message, bus_pb2.SeedTelemetry):
             signals = {signal.slot: _json(signal) for signal in message.signals}
             await self._projection.measure(connection, fact, message.epoch, signals)
@@ -104,11 +109,18 @@ async def build(platform: Platform) -> Service:
     library = Library(UrzaStub(platform.channel(PRINCIPAL)))
     orders = Orders(platform.database, seeds, library.find, send)
     take = partial(consume, platform.database, platform.bus, handler=Facts(Projection(), platform.bell).handle)
-    facts = partial(take, durable="kasmina-seeds", subjects=(subjects.RUN_EVENTS.all, subjects.SEED_EVENTS.all))
+    facts = partial(take, durable="kasmina-seeds", subjects=FACTS)
     telemetry = partial(take, durable="kasmina-telemetry", subjects=(subjects.SEED_HEALTH.all,))
     register = kasmina_pb2_grpc.add_KasminaServiceServicer_to_server
     served = ServedService(SERVICE, register, KasminaServicer(orders, seeds, platform.bell))
     return Service("kasmina", (served,), (facts, telemetry))
+
+
+def _generation(seed_id: str, run_id: str, slot: str) -> int:
+    generation = seed_id.removeprefix(f"{run_id}/{slot}/")
+    if generation == seed_id or not (generation.isascii() and generation.isdecimal()) or len(generation) > 9:
+        raise InvalidInput(f"seed {seed_id!r} is not named after its run, slot and generation")
+    return int(generation)
 
 
 def _interfaces(message: bus_pb2.RunRegistered) -> Mapping[str, str]:

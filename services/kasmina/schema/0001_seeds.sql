@@ -47,7 +47,18 @@ WHERE NOT EXISTS (
     WHERE r.run_id = e.run_id AND r.sequence > e.sequence AND r.epoch <= e.epoch
 );
 
--- The last word on every seed; derived from history and slots, never written otherwise.
+-- Seeds that became part of their hosts' own weights: their slots are free for the next generation.
+CREATE TABLE kasmina.folds (
+    event_id   text PRIMARY KEY,
+    run_id     text NOT NULL,
+    slot       text NOT NULL,
+    generation bigint NOT NULL,
+    sequence   bigint NOT NULL,
+    epoch      bigint NOT NULL
+);
+CREATE INDEX folds_by_run ON kasmina.folds (run_id);
+
+-- The last word on every seed; derived from history, folds and slots, never written otherwise.
 CREATE TABLE kasmina.seeds (
     seed_id        text PRIMARY KEY,
     run_id         text NOT NULL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from esper_core.bus import subjects
 from esper_core.bus.envelope import Event, unwrap
 from esper_core.errors import InvalidInput, NotFound, Unavailable
 from esper_core.lifecycle import State
-from esper_core.pb.esper.core.v1 import lifecycle_pb2
+from esper_core.pb.esper.core.v1 import decision_pb2, lifecycle_pb2
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 from services.bell import Bell
 from services.kasmina.projection import Projection
@@ -37,7 +38,7 @@ async def listed(stage: Stage, run_id: str, *states: int) -> list[tuple[str, int
     return [(seed.slot, seed.generation, seed.state) for seed in answer.seeds]
 
 
-async def walk(stage: Stage, run_id: str, path: tuple[State, ...], epoch: int = 0, **fields: int) -> None:
+async def walk(stage: Stage, run_id: str, path: tuple[State, ...], epoch: int = 0, **fields: Any) -> None:
     for step, (source, target) in enumerate(itertools.pairwise(path)):
         await stage.seed(run_id, source, target, epoch + step, **fields)
 
@@ -67,20 +68,46 @@ async def test_a_life_with_its_history_and_health(stage: Stage, run_id: str) -> 
     assert [event.target for event in seed.history] == list(PATH[1:])
 
 
-async def test_generations(stage: Stage, run_id: str) -> None:
-    """The latest seed that ever left DORMANT is shown; fossils stay in the list beside the slot's present seed."""
+async def test_after_an_embargo_the_slot_has_a_new_seed(stage: Stage, run_id: str) -> None:
+    """Nobody tells of the next generation before it does something; the one that rests shows what it went through."""
     await stage.register(run_id)
+    await walk(stage, run_id, (State.DORMANT, State.GERMINATED, State.CULLED, State.DORMANT))
+    await until(lambda: _listed_as(stage, run_id, [(SLOT, 1, State.DORMANT)]))
+    seed = await get(stage, run_id)
+    assert (seed.generation, len(seed.history)) == (0, 3)
+    await stage.seed(run_id, State.DORMANT, State.GERMINATED, 9, generation=1)
+    await until(lambda: _listed_as(stage, run_id, [(SLOT, 1, State.GERMINATED)]))
+    assert (await get(stage, run_id)).generation == 1
+
+
+async def test_a_folded_fossil_makes_room_and_a_detour_does_not(stage: Stage, run_id: str) -> None:
+    """Fossils stay in the list beside the slot's present seed; the latest that ever left DORMANT is the one shown."""
+    await stage.register(run_id, (SLOT, "b:c"))
     await walk(stage, run_id, PATH)
-    await stage.seed(run_id, State.FOSSILIZED, State.DORMANT, 9, generation=1)
-    await until(
-        lambda: stage.database.fetchval("SELECT true FROM kasmina.seeds WHERE seed_id = $1", f"{run_id}/{SLOT}/1")
-    )
-    assert sorted(await listed(stage, run_id)) == [(SLOT, 0, State.FOSSILIZED), (SLOT, 1, State.DORMANT)]
+    await walk(stage, run_id, PATH, slot="b:c")
+    for slot, folded in (("b:c", False), (SLOT, True)):
+        report = decision_pb2.FieldReport(
+            report_id=f"{run_id}-{slot}",
+            run_id=run_id,
+            seed_id=f"{run_id}/{slot}/0",
+            slot=slot,
+            kernel_id="kernel-" + "1" * 64,
+            outcome=lifecycle_pb2.SEED_STATE_FOSSILIZED,
+            finished_epoch=7,
+            folded=folded,
+        )
+        await stage.send(subjects.FIELD_REPORTS, stage.seal(report, run_id, 7))
+    fossils = [("b:c", 0, State.FOSSILIZED), (SLOT, 0, State.FOSSILIZED)]
+    await until(lambda: _listed_as(stage, run_id, [*fossils, (SLOT, 1, State.DORMANT)]))
     assert await listed(stage, run_id, State.DORMANT) == [(SLOT, 1, State.DORMANT)]
     assert (await get(stage, run_id)).generation == 0
     assert (await get(stage, run_id, generation=1)).state == State.DORMANT
     with pytest.raises(NotFound):
         await get(stage, run_id, generation=7)
+
+
+async def _listed_as(stage: Stage, run_id: str, wanted: list[tuple[str, int, int]]) -> bool:
+    return sorted(await listed(stage, run_id)) == wanted
 
 
 async def test_an_order_of_arrival_cannot_change_what_is_known(stage: Stage) -> None:
@@ -125,6 +152,19 @@ async def test_a_seed_must_be_named_after_its_place(stage: Stage, run_id: str) -
     async with stage.database.acquire() as connection:
         with pytest.raises(InvalidInput, match="elsewhere"):
             await facts.handle(connection, unwrap(stage.seal(event, run_id).SerializeToString()))
+
+
+async def test_telemetry_without_an_order_counts_as_it_comes(stage: Stage, run_id: str) -> None:
+    """As training processes send it: sequence 0, beside the facts; a resumed run measures an epoch again."""
+    await stage.register(run_id, epoch=3)
+    await until(lambda: get(stage, run_id))
+    for health in (0.5, 0.25):
+        await stage.send(subjects.SEED_HEALTH, stage.seal(telemetry(run_id, 4, health), run_id, 4, sequence=0))
+
+    async def measured() -> bool:
+        return (await get(stage, run_id)).health == 0.25
+
+    assert await until(measured)
 
 
 async def test_layer_stats_of_the_last_epochs(stage: Stage, run_id: str) -> None:
