@@ -1,0 +1,117 @@
+"""Growers on small hosts: settings that make a lifecycle last a few epochs, orders, and kernel sources that misbehave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from esper_core.blueprint.interface import SlotInterface
+from esper_core.control.grower import BoundaryReport, Grower
+from esper_core.control.packet import AdaptationSignal, Command, KernelCandidate, SystemStatePacket
+from esper_core.control.roles import LoadedKernel
+from esper_core.control.settings import GovernorSettings, GrowthSettings
+from esper_core.control.source import CatalogueSource
+from esper_core.ids import new_id
+from esper_core.lifecycle import State
+from esper_core.nn.cache import KernelCache
+from esper_core.nn.host import Host
+from tests.unit.nn.hosts import LOSS
+
+QUICK = GrowthSettings(
+    warmup_epochs=1,
+    evaluate_every=2,
+    widths=(4,),
+    embargo_epochs=2,
+    loading_epochs=3,
+    training_epochs=2,
+    training_patience=3,
+    training_steps=10,
+    training_batch=32,
+    min_reconstruction=-1e9,
+    ramp_epochs=2,
+    settle_epochs=1,
+    settle_patience=3,
+    fine_tune_epochs=2,
+    governor=GovernorSettings(),
+)
+"""A whole life in about ten epochs; the reconstruction gate lets anything finite pass."""
+
+
+class Silent:
+    """A controller that never answers: growth by order only."""
+
+    def decide(self, packet: SystemStatePacket) -> AdaptationSignal | None:
+        return None
+
+
+def settings(**changes: Any) -> GrowthSettings:
+    """``QUICK`` with changes."""
+    return QUICK.model_copy(update=changes)
+
+
+def grower(
+    host: Host, optimizer: torch.optim.Optimizer, probe: Sequence[Any], validation: Sequence[Any], **options: Any
+) -> Grower:
+    """A grower that acts by order only and on short settings, unless ``options`` say otherwise."""
+    chosen = {"controller": Silent(), "settings": QUICK, "loss_fn": LOSS} | options
+    return Grower(host, optimizer, chosen.pop("loss_fn"), probe=probe, validation=validation, **chosen)
+
+
+def catalogue_source(widths: Sequence[int] = (4,), seed: int = 0) -> CatalogueSource:
+    return CatalogueSource(widths, seed, KernelCache())
+
+
+def offer(source: Any, interface: SlotInterface, blueprint: str = "bottleneck_mlp") -> KernelCandidate:
+    """The source's first kernel of that blueprint."""
+    return next(c for c in source.candidates(interface) if c.blueprint_name == blueprint)
+
+
+def germinate(subject: Grower, slot: str, blueprint: str = "bottleneck_mlp", **changes: Any) -> Command:
+    """Order the blueprint's kernel into the slot; the order is returned."""
+    kernel = offer(subject.source, subject.plot.host.slots[slot].interface, blueprint)
+    command = order(slot, State.GERMINATED, kernel_id=kernel.kernel_id, **changes)
+    subject.command(command)
+    return command
+
+
+def order(slot: str, target: State, **changes: Any) -> Command:
+    """A person's command."""
+    values = {"command_id": new_id(), "run_id": "local", "issued_by": "operator"} | changes
+    return Command(slot=slot, target=target, **values)
+
+
+def moves(report: BoundaryReport) -> list[tuple[str, State, State]]:
+    """(slot, from, to) of every event."""
+    return [(event.slot, event.source, event.target) for event in report.events]
+
+
+class Given:
+    """A source with one kernel of one's own making, there at once."""
+
+    def __init__(self, kernel: LoadedKernel | Exception | None) -> None:
+        self.kernel = kernel
+        self.asked: list[str] = []
+
+    def candidates(self, interface: SlotInterface) -> tuple[KernelCandidate, ...]:
+        return ()
+
+    def request(self, kernel_id: str, interface: SlotInterface) -> None:
+        self.asked.append(kernel_id)
+
+    def poll(self, kernel_id: str) -> LoadedKernel | None:
+        if isinstance(self.kernel, Exception):
+            raise self.kernel
+        return self.kernel
+
+
+def held(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Identities of the parameters that the optimiser trains."""
+    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def owned(module: nn.Module) -> list[int]:
+    """Identities of the module's parameters."""
+    return [id(parameter) for parameter in module.parameters()]

@@ -1,0 +1,197 @@
+"""Four families of small hosts with data, and hosts wrapped without tracing the same architecture twice."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.blueprint.build import KernelModule, build
+from esper_core.blueprint.catalogue import catalogue
+from esper_core.nn.host import Host, Slot
+from esper_core.nn.probe import Batch
+from esper_core.nn.trace import HostGraph, chosen_spans, trace
+
+LOSS = nn.functional.cross_entropy
+
+
+class Block(nn.Module):
+    """A residual block with batch statistics."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(inner)) + x)
+
+
+class ResNet(nn.Module):
+    """Stem, two blocks, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, padding=1)
+        self.layer = nn.Sequential(Block(4), Block(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    """One encoder layer with dropout over embedded tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(self.embed(x)).mean(1))
+
+
+def perceptron(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Linear layers with an activation between them."""
+    layers: list[nn.Module] = []
+    for enters, leaves in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(enters, leaves), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convolutional() -> nn.Sequential:
+    """Two spans with stride and padding, dropout behind them."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 3, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(4, 3),
+    )
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make a host and what it eats."""
+
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+
+
+FAMILIES = {
+    "mlp": Family(lambda: perceptron(6, 8, 3, 8, 3), (6,)),
+    "cnn": Family(convolutional, (2, 6, 6)),
+    "resnet": Family(ResNet, (2, 6, 6)),
+    "transformer": Family(Transformer, (5, 6)),
+}
+
+
+def make(family: str, seed: int = 0) -> nn.Module:
+    """A family's model with weights from ``seed``."""
+    torch.manual_seed(seed)
+    return FAMILIES[family].make()
+
+
+def batches(family: str, count: int, size: int = 32, seed: int = 1) -> list[Batch]:
+    """Standard normal inputs; the class is the largest of three fixed nonlinear functions of them."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = FAMILIES[family].shape
+    features = math.prod(shape)
+    teacher = perceptron(features, 8, 3, activation=nn.Tanh)
+    fixed = torch.Generator().manual_seed(42)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.normal_(generator=fixed)
+        inputs = [torch.randn(size, *shape, generator=generator) for _ in range(count)]
+        return [(x, teacher(x.flatten(1)).argmax(1)) for x in inputs]
+
+
+@functools.cache
+def _graph(family: str) -> HostGraph:
+    return trace(make(family), batches(family, 1, size=4)[0][0])
+
+
+def wrapped(family: str, model: nn.Module) -> Host:
+    """What ``esper.wrap`` gives for a model of the family."""
+    graph = _graph(family)
+    return Host(model, graph, chosen_spans(graph, None))
+
+
+@functools.cache
+def _perceptron_graph(widths: tuple[int, ...], activation: type[nn.Module]) -> HostGraph:
+    return trace(perceptron(*widths, activation=activation), torch.zeros(4, widths[0]))
+
+
+def wrapped_perceptron(model: nn.Module, *widths: int, activation: type[nn.Module] = nn.ReLU) -> Host:
+    """What ``esper.wrap`` gives for ``perceptron(*widths)``."""
+    graph = _perceptron_graph(widths, activation)
+    return Host(model, graph, chosen_spans(graph, None))
+
+
+def planted(slot: Slot, blueprint: str, seed: int = 3, **symbols: int) -> KernelModule:
+    """A catalogue kernel bound to the slot with random weights everywhere: one that has learnt something."""
+    kernel = build(catalogue()[blueprint], slot.interface, symbols)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in kernel.parameters():
+            parameter.uniform_(-0.4, 0.4, generator=generator)
+    slot.bind(kernel)
+    return kernel
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor | None]:
+    """Copies of all gradients by parameter name."""
+    return {
+        name: None if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Whether two trees of tensors and plain values are the same, bit for bit."""
+    if isinstance(left, Tensor):
+        return (
+            isinstance(right, Tensor)
+            and left.shape == right.shape
+            and left.dtype == right.dtype
+            and torch.equal(left.isnan(), right.isnan())
+            and torch.equal(left.nan_to_num(), right.nan_to_num())
+        )
+    if isinstance(left, dict):
+        return (
+            isinstance(right, dict) and list(left) == list(right) and all(equal(left[key], right[key]) for key in left)
+        )
+    if isinstance(left, (list, tuple)):
+        return type(left) is type(right) and len(left) == len(right) and all(map(equal, left, right))
+    return bool(left == right)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: Iterable[Batch]) -> list[float]:
+    """One pass of plain training; the loss of every batch."""
+    losses = []
+    for inputs, targets in data:
+        optimizer.zero_grad()
+        loss = LOSS(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy."""
+    return copy.deepcopy(model)
