@@ -1,0 +1,67 @@
+# Everything a newcomer types. `make help` lists it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+LOCK   := deploy/requirements.lock
+# Where torch's wheel comes from, when the default index has only one with CUDA, e.g.
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+TORCH  := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' $(LOCK))
+STUBS  := esper_core/pb/descriptors.binpb
+PROTOS := $(shell find protos -name '*.proto') protos/generate.py
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: help setup proto up down status demo test check bench clean
+
+help: ## What can be typed here
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## Build .venv from the lock (once)
+
+$(READY): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Esper needs Python 3.11 or newer: make PYTHON=python3.12 setup" >&2; exit 1; }
+	@echo "Building $(VENV) (a few minutes the first time) ..." >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)" >&2
+	@$(BIN)/pip install -q -r $(LOCK) >&2
+	@$(BIN)/pip install -q --no-deps --no-build-isolation -e . >&2
+	@touch $@ $(STUBS)
+
+proto: $(READY) ## Generate the Python stubs and the descriptor image
+	@$(BIN)/python protos/generate.py
+
+$(STUBS): $(PROTOS) | $(READY)
+	@$(BIN)/python protos/generate.py >&2
+
+up: $(READY) $(STUBS) ## Start the platform on this machine
+	@$(BIN)/esperctl up
+
+down: $(READY) ## Stop it; the data stay
+	@$(BIN)/esperctl down
+
+status: $(READY) ## How it is
+	@$(BIN)/esperctl status
+
+demo: $(READY) $(STUBS) ## Start everything, grow a network on real data, show what it brought
+	@sh deploy/demo.sh $(BIN)/esperctl
+
+test: $(READY) $(STUBS) ## Run the test suite
+	@$(BIN)/python -m pytest
+
+check: $(READY) $(STUBS) ## Format, lint, types, layers, contracts
+	@$(BIN)/ruff format --check -q .
+	@$(BIN)/ruff check -q .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/buf lint $(STUBS) --config buf.yaml
+	@sh deploy/breaking.sh $(BIN)
+	@echo "check: all clean"
+
+bench: $(READY) $(STUBS) ## Measure; prints ratios with their spread and the machine
+	@$(BIN)/python -m tests.bench
+
+clean: ## Remove what can be built again
+	rm -rf $(VENV) build dist esper_core/pb
