@@ -20,12 +20,13 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 
 from esper_core import log
 from esper_core.bus.envelope import check_belongs
-from esper_core.bus.subjects import STREAMS, Stream
+from esper_core.bus.subjects import MAX_MESSAGE, STREAMS, Stream
 from esper_core.errors import Conflict, EsperError, Exhausted, InvalidInput, NotFound, Unavailable
 from esper_core.pb.esper.bus.v1.bus_pb2 import EventEnvelope
 
-REQUEST_TIMEOUT = 5.0  # seconds for one exchange with the server
+REQUEST_TIMEOUT = 3.0  # seconds for one exchange with the server
 DUPLICATE_WINDOW = 120.0  # seconds in which the server itself drops a repeated id
+SERVER_PAYLOAD = MAX_MESSAGE + 64 * 1024  # bytes a server must take: the largest dead letter with its headers
 MAX_PENDING = 4 * 1024 * 1024  # bytes written ahead while disconnected
 
 _TOO_LARGE, _STREAM_FULL = 10054, (10077, 10023, 10047)
@@ -68,6 +69,7 @@ class Bus:
 
         Raises:
             Unavailable: no server answered in time, or it did not let us in.
+            Conflict: it takes only smaller messages than the bus needs.
         """
         client = Client()
         last: list[Exception] = []
@@ -77,7 +79,8 @@ class Bus:
             _log.warning("bus.error", connection=name, error=str(error) or type(error).__name__)
 
         async def on_disconnect() -> None:
-            _log.warning("bus.disconnected", connection=name)
+            if not client.is_closed:
+                _log.warning("bus.disconnected", connection=name)
 
         async def on_reconnect() -> None:
             _log.info("bus.reconnected", connection=name)
@@ -106,6 +109,12 @@ class Bus:
                 f"the event bus at {url} did not answer within {timeout:g} s{why}",
                 hint="`esperctl status` says what runs; `esperctl up` starts it",
             ) from None
+        if client.max_payload < SERVER_PAYLOAD:
+            await client.close()
+            raise Conflict(
+                f"the event bus at {url} takes messages of {client.max_payload} bytes, {SERVER_PAYLOAD} are needed",
+                hint="set max_payload to 1MB in the server's configuration",
+            )
         return cls(client)
 
     @property
@@ -118,6 +127,13 @@ class Bus:
         """Names the server process on the line (another one after its restart); empty before the first."""
         info: Mapping[str, Any] = self.client._server_info  # nats-py shows it in no other way
         return str(info.get("server_id", ""))
+
+    def check_connected(self) -> None:
+        """Raise Unavailable at once while there is no server, rather than after a timeout."""
+        if not self.connected:
+            raise Unavailable(
+                "no connection to the event bus", hint="`esperctl status` says more; it reconnects by itself"
+            )
 
     async def publish(self, subject: str, envelope: EventEnvelope) -> Receipt:
         """Publish an event and wait until the stream has stored it.
@@ -134,6 +150,7 @@ class Bus:
         self, subject: str, data: bytes, *, message_id: str, headers: Mapping[str, str] | None = None
     ) -> Receipt:
         """Publish bytes as they are, under ``message_id``; raises as ``publish``."""
+        self.check_connected()
         try:
             ack = await self.jetstream.publish(subject, data, headers={**(headers or {}), "Nats-Msg-Id": message_id})
         except (nats.errors.Error, TimeoutError, OSError) as error:
@@ -147,11 +164,13 @@ class Bus:
             Unavailable: JetStream does not answer.
             Conflict: the server keeps other settings than the ones asked for, e.g. because it is too old.
         """
+        self.check_connected()
         for stream in STREAMS:
             await self._provision(stream)
 
     async def stream_info(self, stream: Stream) -> StreamInfo:
         """What the server says about ``stream``; raises NotFound or Unavailable."""
+        self.check_connected()
         try:
             return await self.jetstream.stream_info(stream.name)
         except (nats.errors.Error, TimeoutError, OSError) as error:

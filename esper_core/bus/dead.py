@@ -17,12 +17,11 @@ from esper_core import log
 from esper_core.bus.bus import Bus, translated
 from esper_core.bus.database import Pool
 from esper_core.bus.pull import DONE, Verdict, pull
-from esper_core.bus.subjects import DEAD, MAX_MESSAGE, PREFIX
+from esper_core.bus.subjects import ADVISORY, DEAD, MAX_MESSAGE, PREFIX
 from esper_core.errors import Conflict, NotFound
 from esper_core.ids import new_id, sha256
 
 _KEPT = MAX_MESSAGE  # bytes kept of a message; the rest of a giant is of no use to anyone
-_ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES."
 _log = log.get("bus")
 
 
@@ -64,7 +63,7 @@ async def collect(pool: Pool, bus: Bus) -> None:
     """Write a row for everything that arrives on the dead-letter stream, for ever."""
 
     async def take(message: Msg) -> Verdict:
-        if message.subject.startswith(_ADVISORY):
+        if message.subject.startswith(ADVISORY):
             await _collect_advisory(pool, bus, message)
         else:
             await _collect_letter(pool, message)

@@ -12,7 +12,6 @@ import collections
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
-import asyncpg
 import nats.errors
 import stamina
 from nats.aio.msg import Msg
@@ -20,7 +19,7 @@ from nats.aio.msg import Msg
 from esper_core import log, telemetry
 from esper_core.bus.bus import Bus
 from esper_core.bus.database import AWAY as DATABASE_AWAY
-from esper_core.bus.database import Connection, Pool
+from esper_core.bus.database import Connection, Pool, lent
 from esper_core.bus.dead import bury
 from esper_core.bus.envelope import Event, unwrap
 from esper_core.bus.patience import AWAY
@@ -70,15 +69,9 @@ async def consume(
     check_name(durable, "consumer")
 
     async def effect(event: Event) -> None:
-        async with pool.acquire() as connection:
-            try:
-                async with connection.transaction():
-                    if await _first_time(connection, durable, event.envelope.event_id):
-                        await handler(connection, event)
-            except asyncpg.InterfaceError as error:
-                if connection.is_closed():
-                    raise Unavailable("the database connection was lost", hint="it is tried again") from error
-                raise
+        async with lent(pool) as connection, connection.transaction():
+            if await _first_time(connection, durable, event.envelope.event_id):
+                await handler(connection, event)
 
     await _consume(bus, pool, durable, subjects, effect, ordered, backoff, None)
 

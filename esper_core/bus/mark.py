@@ -27,13 +27,13 @@ class Mark:
     Attributes:
         created: the stream's incarnation.
         sequence: the message's place; 0 when none is known.
-        event_id: its ``Nats-Msg-Id``.
+        message_id: its ``Nats-Msg-Id``.
         acked: when the stream acknowledged it; None when no message is known.
     """
 
     created: dt.datetime | None
     sequence: int = 0
-    event_id: str = ""
+    message_id: str = ""
     acked: dt.datetime | None = None
 
 
@@ -55,4 +55,12 @@ async def damage(bus: Bus, stream: Stream, info: StreamInfo, mark: Mark) -> str:
         return "its end is gone"
     except (nats.errors.Error, TimeoutError, OSError) as error:
         raise translated(error, f"reading message {mark.sequence} of {stream.name}") from error
-    return "" if (message.headers or {}).get("Nats-Msg-Id") == mark.event_id else "its end is another's"
+    return "" if (message.headers or {}).get("Nats-Msg-Id") == mark.message_id else "its end is another's"
+
+
+def generation_id(event_id: str, generation: int) -> str:
+    """The ``Nats-Msg-Id`` for publishing an event when its stream is filled for the ``generation``-th time.
+
+    A server goes on dropping the ids of messages it has lost for as long as its duplicate window reaches back.
+    """
+    return f"{event_id}/{generation}" if generation else event_id

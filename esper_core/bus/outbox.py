@@ -19,6 +19,7 @@ from esper_core.bus.database import AWAY as DATABASE_AWAY
 from esper_core.bus.database import Connection, Pool
 from esper_core.bus.dead import bury
 from esper_core.bus.envelope import check_belongs
+from esper_core.bus.mark import generation_id
 from esper_core.bus.patience import persist
 from esper_core.bus.rebuild import rebuild
 from esper_core.bus.subjects import stream_of
@@ -88,7 +89,7 @@ async def _lead(pool: Pool, bus: Bus) -> None:
         try:
             await _work(pool, connection, bus, wake)
         finally:
-            with contextlib.suppress(*DATABASE_AWAY, asyncpg.InterfaceError):
+            with contextlib.suppress(*DATABASE_AWAY, asyncpg.InterfaceError, asyncpg.InternalClientError):
                 await connection.remove_listener(CHANNEL, on_notify)
 
 
@@ -111,7 +112,9 @@ async def _work(pool: Pool, connection: Connection, bus: Bus, wake: asyncio.Even
 async def publish_batch(pool: Pool, connection: Connection, bus: Bus) -> int:
     """Publish the oldest unsent events and mark what was acknowledged; returns how many there were."""
     rows = await connection.fetch(
-        "SELECT position, event_id, subject, data FROM bus.outbox WHERE sent IS NULL ORDER BY position LIMIT $1", BATCH
+        "SELECT position, event_id, generation, subject, data FROM bus.outbox"
+        " WHERE sent IS NULL ORDER BY position LIMIT $1",
+        BATCH,
     )
     sent: list[tuple[int, int | None]] = []
     try:
@@ -128,7 +131,8 @@ async def publish_batch(pool: Pool, connection: Connection, bus: Bus) -> int:
 
 async def _publish(pool: Pool, bus: Bus, row: asyncpg.Record) -> Receipt | None:
     try:
-        return await bus.publish_bytes(row["subject"], row["data"], message_id=row["event_id"])
+        message_id = generation_id(row["event_id"], row["generation"])
+        return await bus.publish_bytes(row["subject"], row["data"], message_id=message_id)
     except InvalidInput as error:  # the server takes no message of this size: it must not stop the line
         await bury(bus, pool, consumer="relay", subject=row["subject"], data=row["data"], reason=str(error))
         return None

@@ -19,6 +19,7 @@ from esper_core.errors import Exhausted, NotFound, Unavailable
 AWAY: tuple[type[Exception], ...] = (
     *database.AWAY,
     asyncpg.InterfaceError,  # "connection is closed"
+    asyncpg.InternalClientError,  # asyncpg stumbling over a connection that broke
     nats.errors.Error,
     Unavailable,
     Exhausted,
@@ -26,7 +27,7 @@ AWAY: tuple[type[Exception], ...] = (
 )
 """What makes a forever-task of the bus pause; NotFound is a stream or a consumer that has yet to be made again."""
 
-PAUSE_FIRST, PAUSE_MAX = 0.1, 5.0  # seconds
+PAUSE_FIRST, PAUSE_MAX = 0.1, 3.0  # seconds
 HEALTHY = 30.0  # seconds of work after which the pauses begin small again
 
 _log = log.get("bus")

@@ -17,15 +17,19 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
+from esper_core import log
 from esper_core.bus.bus import Bus, translated
 from esper_core.bus.patience import persist
 from esper_core.bus.subjects import Stream
 from esper_core.errors import Conflict
 
-ACK_WAIT = 30.0  # seconds after which the server believes that the consumer died
+ACK_WAIT = 10.0  # seconds after which the server believes that the consumer died
 FETCH = 2.0  # seconds one fetch waits; one in flight is lost with the server, so short ones
 MAX_DELIVER = 12  # deliveries after which the server itself gives a message up, with an advisory
 UNORDERED = 256  # messages out at once when their order does not matter
+
+
+_log = log.get("bus")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ async def _session(bus: Bus, stream: Stream, config: ConsumerConfig, take: Take)
                 async with _kept_alive(message):
                     verdict = await take(message)
                 if verdict.again is None:
-                    await message.ack()
+                    await _acknowledge(message)
                 else:
                     await message.nak(delay=verdict.again)
     finally:
@@ -95,8 +99,18 @@ async def _session(bus: Bus, stream: Stream, config: ConsumerConfig, take: Take)
             await subscription.unsubscribe()
 
 
+async def _acknowledge(message: Msg) -> None:
+    """Acknowledge until the server has heard it: one that is lost would hold the line up for ``ACK_WAIT``."""
+    for _ in range(3):
+        with contextlib.suppress(nats.errors.TimeoutError):
+            await message.ack_sync(timeout=ACK_WAIT / 5)
+            return
+    _log.warning("bus.ack_lost", subject=message.subject)
+
+
 async def _bind(bus: Bus, stream: Stream, config: ConsumerConfig) -> JetStreamContext.PullSubscription:
     name = str(config.durable_name)
+    bus.check_connected()
     try:
         kept = (await bus.jetstream.add_consumer(stream.name, config)).config
         for field in ("ack_policy", "ack_wait", "max_deliver", "max_ack_pending", "deliver_policy"):

@@ -15,7 +15,7 @@ from nats.js.api import StreamInfo
 from esper_core import log
 from esper_core.bus.bus import Bus
 from esper_core.bus.database import Pool
-from esper_core.bus.mark import MARGIN, Mark, damage
+from esper_core.bus.mark import MARGIN, Mark, damage, generation_id
 from esper_core.bus.subjects import STREAMS, Stream
 
 _log = log.get("bus")
@@ -54,13 +54,14 @@ async def _damage(pool: Pool, bus: Bus, stream: Stream, info: StreamInfo) -> str
     if known is None:
         return ""
     last = await pool.fetchrow(
-        "SELECT event_id, stream_sequence, sent FROM bus.outbox WHERE stream = $1 AND stream_sequence IS NOT NULL"
-        " AND sent IS NOT NULL ORDER BY stream_sequence DESC LIMIT 1",
+        "SELECT event_id, generation, stream_sequence, sent FROM bus.outbox"
+        " WHERE stream = $1 AND stream_sequence IS NOT NULL AND sent IS NOT NULL ORDER BY stream_sequence DESC LIMIT 1",
         stream.name,
     )
     mark = Mark(known["created"])
     if last:
-        mark = Mark(known["created"], last["stream_sequence"], last["event_id"], last["sent"])
+        message_id = generation_id(last["event_id"], last["generation"])
+        mark = Mark(known["created"], last["stream_sequence"], message_id, last["sent"])
     if why := await damage(bus, stream, info, mark):
         return why
     if stream.shed:
@@ -79,7 +80,7 @@ async def _damage(pool: Pool, bus: Bus, stream: Stream, info: StreamInfo) -> str
 
 async def _unsend(pool: Pool, stream: Stream) -> int:
     status = await pool.execute(
-        "UPDATE bus.outbox SET sent = NULL, stream_sequence = NULL"
+        "UPDATE bus.outbox SET sent = NULL, stream_sequence = NULL, generation = generation + 1"
         " WHERE stream = $1 AND sent > now() - make_interval(secs => $2)",
         stream.name,
         stream.max_age,

@@ -19,7 +19,7 @@ from esper_core.bus.bus import Bus
 from esper_core.bus.dead import bury
 from esper_core.bus.envelope import check_belongs
 from esper_core.bus.framing import Record
-from esper_core.bus.mark import Mark, damage
+from esper_core.bus.mark import Mark, damage, generation_id
 from esper_core.bus.patience import persist
 from esper_core.bus.segments import Place, Segments
 from esper_core.bus.subjects import STREAMS, stream_of
@@ -37,10 +37,11 @@ _log = log.get("spool")
 
 
 class _Cursor(BaseModel):
-    """How far the spool is drained, and a mark in every stream it went to."""
+    """How far the spool is drained, how often it began again, and a mark in every stream it went to."""
 
     model_config = ConfigDict(extra="forbid")
     drained: int = 0
+    generation: int = 0
     marks: dict[str, Mark] = {}
 
 
@@ -70,7 +71,7 @@ class Spool:
         self._keep_bytes = keep_bytes
         self._cursor_file = folder / "cursor.json"
         cursor = _read_cursor(self._cursor_file)
-        self._marks = cursor.marks
+        self._marks, self._generation = cursor.marks, cursor.generation
         self._place = self._segments.find(min(cursor.drained, self._segments.last))
 
     @property
@@ -132,12 +133,13 @@ class Spool:
         envelope = EventEnvelope.FromString(record.data)
         name = stream_of(record.subject).name
         try:
-            receipt = await bus.publish(record.subject, envelope)
+            message_id = generation_id(envelope.event_id, self._generation)
+            receipt = await bus.publish_bytes(record.subject, record.data, message_id=message_id)
         except InvalidInput as error:  # what this server will never take must not stop the line
             await bury(bus, None, consumer="spool", subject=record.subject, data=record.data, reason=error.message)
         else:
             created = self._marks[name].created
-            self._marks[name] = Mark(created, receipt.sequence, envelope.event_id, SYSTEM.now())
+            self._marks[name] = Mark(created, receipt.sequence, message_id, SYSTEM.now())
         self._place = Place(record.sequence, self._place.first, record.end)
 
     async def _inspect(self, bus: Bus) -> None:
@@ -154,12 +156,13 @@ class Spool:
         self._marks = fresh
         if lost:
             self._place = self._segments.start
+            self._generation += 1
             _log.error("spool.sent_again", why=lost, events=self.pending)
         self._write_cursor()
 
     def _write_cursor(self) -> None:
         """Replace the cursor whole. Not synced: an older or missing one only sends again what consumers drop."""
-        cursor = _Cursor(drained=self._place.sequence, marks=self._marks)
+        cursor = _Cursor(drained=self._place.sequence, generation=self._generation, marks=self._marks)
         fresh = self._cursor_file.with_suffix(".new")
         try:
             fresh.write_text(cursor.model_dump_json(), "utf-8")

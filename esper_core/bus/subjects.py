@@ -15,7 +15,7 @@ from esper_core.ids import check_name
 PREFIX = "esper."
 MAX_PAYLOAD = 256 * 1024  # bytes; the contract's bound on EventEnvelope.payload
 MAX_MESSAGE = 2 * MAX_PAYLOAD  # bytes; what a stream stores of one message, poison included
-ADVISORIES = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.ESPER_*.>"
+ADVISORY = "$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES."  # then stream and consumer: the server gave a message up
 
 _DAY = 86_400.0
 _MIB = 1024 * 1024
@@ -51,7 +51,14 @@ FACTS = Stream(
     shed=False,
 )
 TELEMETRY = Stream("ESPER_TELEMETRY", ("esper.telemetry.>",), _DAY / 4, 64 * _MIB, shed=True)
-DEAD = Stream("ESPER_DEAD", ("esper.dead.>", ADVISORIES), 30 * _DAY, 128 * _MIB, shed=True, max_message=1024 * 1024)
+DEAD = Stream(
+    "ESPER_DEAD",
+    ("esper.dead.>", *(f"{ADVISORY}{stream.name}.*" for stream in (CONTROL, FACTS, TELEMETRY))),
+    30 * _DAY,
+    128 * _MIB,
+    shed=True,
+    max_message=1024 * 1024,
+)
 STREAMS = (CONTROL, FACTS, TELEMETRY, DEAD)
 
 

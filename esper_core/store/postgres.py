@@ -69,16 +69,21 @@ async def open_pool(dsn: str, *, size: int = 10) -> Pool:
         InvalidInput: the DSN is none, or the server knows no such user, password or database.
     """
     try:
-        async for attempt in stamina.retry_context(on=_AWAY, attempts=None, timeout=PATIENCE, wait_max=1.0):
-            with attempt:
-                return await asyncpg.create_pool(dsn, min_size=1, max_size=size, command_timeout=COMMAND_TIMEOUT)
+        pool = await asyncpg.create_pool(dsn, min_size=0, max_size=size, command_timeout=COMMAND_TIMEOUT)
+        try:
+            async for attempt in stamina.retry_context(on=_AWAY, attempts=None, timeout=PATIENCE, wait_max=1.0):
+                with attempt:
+                    await pool.fetchval("SELECT 1")
+        except BaseException:
+            await pool.close()
+            raise
     except _AWAY as error:
         raise _away(dsn, error) from error
     except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError, ValueError) as error:
         raise InvalidInput(
             f"PostgreSQL refuses us: {error}", hint="check user, password and database in the DSN"
         ) from None
-    raise AssertionError  # the retry context either returned or raised
+    return pool
 
 
 async def migrate(dsn: str, schemas: Mapping[str, Path]) -> list[Migration]:

@@ -8,7 +8,8 @@ CREATE TABLE bus.outbox (
     data bytea NOT NULL,                  -- the serialised envelope
     created timestamptz NOT NULL DEFAULT now(),
     sent timestamptz,                     -- when JetStream acknowledged it; NULL: to be published
-    stream_sequence bigint                -- where it lies in the stream
+    stream_sequence bigint,               -- where it lies in the stream
+    generation integer NOT NULL DEFAULT 0 -- how often its stream was filled again
 );
 CREATE INDEX outbox_pending ON bus.outbox (position) WHERE sent IS NULL;
 CREATE INDEX outbox_sent ON bus.outbox (sent) WHERE sent IS NOT NULL;

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -64,6 +70,62 @@ async def start() -> AsyncIterator[Start]:
 async def until(condition: Callable[[], Awaitable[Any]], seconds: float = 10.0) -> Any:
     """Wait until ``condition`` is true and return what it said."""
     async with asyncio.timeout(seconds):
-        while not (said := await condition()):
-            await asyncio.sleep(0.02)  # noqa: ASYNC110 - what is awaited happens in a server
+        while not (said := await condition()):  # noqa: ASYNC110 - what is awaited happens in a server
+            await asyncio.sleep(0.02)
         return said
+
+
+class NatsServer:
+    """A nats-server of one's own, to be killed and robbed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store = folder / "store"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.config = folder / "nats.conf"
+        self.config.write_text(f'listen: "127.0.0.1:{self.port}"\njetstream {{ store_dir: "{self.store}" }}\n')
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"nats://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [Path(sys.executable).with_name("nats-server"), "-c", self.config],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
+                return
+            time.sleep(0.02)
+        raise TimeoutError("nats-server does not listen")
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def wipe(self) -> None:
+        shutil.rmtree(self.store)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[NatsServer]:
+    server = NatsServer(tmp_path)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+async def own_bus(server: NatsServer) -> AsyncIterator[Bus]:
+    """A provisioned bus on ``server``."""
+    bus = await Bus.connect(server.url, None, None, "own")
+    await bus.provision()
+    yield bus
+    await bus.close()
