@@ -76,6 +76,19 @@ class WarmChild:
         result: Job = answer["ok"]
         return result
 
+    async def warm(self) -> None:
+        """Start the child if it does not run, so that the next job need not wait for that.
+
+        Raises:
+            DeadlineExceeded, Internal: it does not start.
+        """
+        async with self._turn:
+            try:
+                await self._running()
+            except BaseException:
+                await self._kill()
+                raise
+
     async def close(self) -> None:
         """End the child and remove its scratch directory."""
         await self._kill()
@@ -116,6 +129,7 @@ class WarmChild:
                 "-m",
                 self._module,
                 json.dumps(dataclasses.asdict(self._limits)),
+                str(self.scratch),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,

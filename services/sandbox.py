@@ -20,10 +20,12 @@ import os
 import platform
 import resource
 import select
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from esper_core.errors import EsperError
@@ -60,7 +62,7 @@ def serve(works: Mapping[str, Work]) -> None:
 
     A job is ``{"do": NAME, …}``; its answer is ``{"ok": …}`` or ``{"error": {"kind", "message", "hint"}}``, where
     ``kind`` is a class of ``esper_core.errors``. What the work prints goes to stderr, never between the answers.
-    Limits come as JSON in the first argument. Import what is large before, so that it does not count as memory used.
+    Limits come as JSON in the first argument, the scratch directory in the second. Import what is large before, so that it does not count as memory used.
     """
     limits = Limits(**json.loads(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -69,7 +71,7 @@ def serve(works: Mapping[str, Work]) -> None:
     os.nice(19)
     _confine(limits)
     _say(answers, {"ready": os.getpid()})
-    for line in _lines(limits.idle_seconds):
+    for line in _lines(limits.idle_seconds, Path(sys.argv[2])):
         with _allowance(limits):
             answer = _answer(works, line)
         _say(answers, answer)
@@ -154,11 +156,15 @@ def target() -> str:
     return f"{platform.system()}/{platform.machine()}/{processor}".lower()[:120]
 
 
-def _lines(idle_seconds: float) -> Iterator[bytes]:
+def _lines(idle_seconds: float, scratch: Path) -> Iterator[bytes]:
+    """Lines of stdin; when that closes the parent is gone for good, and with it whoever would remove ``scratch``."""
     buffer = b""
     while select.select([0], [], [], idle_seconds)[0]:
         piece = os.read(0, 1 << 16)
-        if not piece or len(buffer) > MAX_LINE:
+        if not piece:
+            shutil.rmtree(scratch, ignore_errors=True)
+            return
+        if len(buffer) > MAX_LINE:
             return
         *whole, buffer = (buffer + piece).split(b"\n")
         yield from whole

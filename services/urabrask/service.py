@@ -7,7 +7,7 @@ from functools import partial
 from esper_core.bus import subjects
 from esper_core.bus.database import Connection
 from esper_core.bus.envelope import Event
-from esper_core.bus.inbox import consume
+from esper_core.bus.inbox import consume, consume_plain
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.urabrask.v1 import urabrask_pb2_grpc
 from esper_core.pb.esper.urza.v1 import urza_pb2_grpc
@@ -37,9 +37,16 @@ async def build(platform: Platform) -> Service:
         subjects=(subjects.KERNEL_READY.of(),),
         handler=partial(on_kernel, platform.bell),
     )
+    foresee = partial(
+        consume_plain,
+        platform.bus,
+        durable="urabrask-warm",
+        subjects=(subjects.BLUEPRINT_SUBMITTED.of(),),
+        handler=partial(on_wish, judge),
+    )
     register = urabrask_pb2_grpc.add_UrabraskServiceServicer_to_server
     served = ServedService(SERVICE, register, UrabraskServicer(platform.database, platform.bell, library))
-    return Service(PRINCIPAL, (served,), (kernels, judge.run))
+    return Service(PRINCIPAL, (served,), (kernels, foresee, judge.run))
 
 
 async def on_kernel(bell: Bell, connection: Connection, event: Event) -> None:
@@ -47,3 +54,8 @@ async def on_kernel(bell: Bell, connection: Connection, event: Event) -> None:
     message: bus_pb2.KernelReady = event.message
     await evaluations.add(connection, message.kernel_id, message.interface_id)
     await bell.ring(connection, NEWS)
+
+
+async def on_wish(judge: Judge, _: Event) -> None:
+    """A kernel will come: have the bench ready by then, for its start takes as long as the forge's."""
+    await judge.child.warm()

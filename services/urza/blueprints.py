@@ -29,6 +29,8 @@ class StoredBlueprint:
     """A blueprint, when it came and who brought it."""
 
     blueprint_id: str
+    serial: int
+    """Counts up from upload to upload."""
     blueprint: BlueprintIR
     created: dt.datetime
     created_by: str
@@ -84,8 +86,8 @@ class Blueprints:
             raise InvalidInput(f"several blueprints begin with {wanted!r}", hint=f"give more digits: {some}")
         return found[0]
 
-    async def newest(self, size: int, token: str) -> tuple[list[StoredBlueprint], str]:
-        """Blueprints, newest first, and the token of the page after; empty on the last.
+    async def newest(self, size: int, token: str) -> tuple[list[StoredBlueprint], bool]:
+        """Blueprints, newest first, and whether there are more.
 
         Raises:
             InvalidInput: the token is none of ours.
@@ -95,10 +97,9 @@ class Blueprints:
             page.before(token),
             size + 1,
         )
-        kept, following = page.cut(rows, size, lambda row: int(row["serial"]))
-        return [_stored(row) for row in kept], following
+        return [_stored(row) for row in rows[:size]], len(rows) > size
 
 
 def _stored(row: asyncpg.Record) -> StoredBlueprint:
     ir = BlueprintIR.model_validate_json(row["ir"])
-    return StoredBlueprint(row["blueprint_id"], ir, row["created"], row["created_by"])
+    return StoredBlueprint(row["blueprint_id"], row["serial"], ir, row["created"], row["created_by"])

@@ -191,8 +191,8 @@ class Library:
         assert changed is not None  # noqa: S101 - locked above
         return kernel(changed)
 
-    async def query(self, query: Query) -> tuple[list[KernelRecord], str]:
-        """Kernels that ``query`` asks for, fewest parameters first, and the token of the page after; empty on the last.
+    async def query(self, query: Query) -> tuple[list[KernelRecord], bool]:
+        """Kernels that ``query`` asks for, fewest parameters first, and whether there are more.
 
         Raises:
             InvalidInput: the token is none of ours.
@@ -216,9 +216,7 @@ class Library:
             after,
             query.size + 1,
         )
-        kept = rows[: query.size]
-        more = f"{kept[-1]['parameters']}:{kept[-1]['kernel_id']}" if len(rows) > query.size else ""
-        return await asyncio.to_thread(kernels, kept), more
+        return await asyncio.to_thread(kernels, rows[: query.size]), len(rows) > query.size
 
     def _substantiated(self, manifest: KernelManifest, verdict: Verdict) -> None:
         if verdict.attestation is None:
@@ -236,6 +234,11 @@ class Library:
 
     def _verify(self, manifest: KernelManifest, attestation: Attestation, role: Role) -> dict[str, object]:
         return verify_statement(manifest, attestation, TrustList.load(self._trust), role).predicate
+
+
+def token_after(record: KernelRecord) -> str:
+    """The token of the page that begins after ``record``."""
+    return f"{record.manifest.parameters}:{record.manifest.kernel_id}"
 
 
 def _cursor(token: str) -> tuple[int, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from esper_core.blueprint.ir import BlueprintIR
 from esper_core.errors import Corrupt, InvalidInput
@@ -18,7 +20,11 @@ from esper_core.rpc.auth import principal
 from esper_core.rpc.convert import from_proto, to_proto
 from services import page
 from services.urza.blueprints import Blueprints, StoredBlueprint
-from services.urza.library import Library, Query, Verdict
+from services.urza.library import Library, Query, Verdict, token_after
+
+M = TypeVar("M", bound=Message)
+PAGE_BYTES = 3 * 1024 * 1024
+"""What a page may weigh: below gRPC's limit of 4 MiB for one message, whatever is on it."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -42,8 +48,11 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
     async def ListBlueprints(
         self, request: urza_pb2.ListBlueprintsRequest, _: Context
     ) -> urza_pb2.ListBlueprintsResponse:
-        found, token = await self._blueprints.newest(page.wanted(request.page_size), request.page_token)
-        return urza_pb2.ListBlueprintsResponse(blueprints=[_blueprint(one) for one in found], next_page_token=token)
+        found, more = await self._blueprints.newest(page.wanted(request.page_size), request.page_token)
+        fit = _fitting(_blueprint(one) for one in found)
+        more = more or len(fit) < len(found)
+        token = str(found[len(fit) - 1].serial) if more else ""
+        return urza_pb2.ListBlueprintsResponse(blueprints=fit, next_page_token=token)
 
     async def UploadKernel(
         self, requests: AsyncIterator[urza_pb2.UploadKernelRequest], _: Context
@@ -71,8 +80,11 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
             size=page.wanted(request.page_size),
             token=request.page_token,
         )
-        found, token = await self._library.query(query)
-        return urza_pb2.QueryKernelsResponse(kernels=[_kernel(one) for one in found], next_page_token=token)
+        found, more = await self._library.query(query)
+        fit = _fitting(_kernel(one) for one in found)
+        more = more or len(fit) < len(found)
+        token = token_after(found[len(fit) - 1]) if more else ""
+        return urza_pb2.QueryKernelsResponse(kernels=fit, next_page_token=token)
 
     async def StreamKernel(
         self, request: urza_pb2.StreamKernelRequest, _: Context
@@ -96,6 +108,18 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         )
         changed = await self._library.judge(request.kernel_id, verdict, principal())
         return urza_pb2.UpdateKernelStatusResponse(kernel=_kernel(changed))
+
+
+def _fitting(messages: Iterable[M]) -> list[M]:
+    """As many from the front as one answer can carry; at least one."""
+    fit: list[M] = []
+    size = 0
+    for message in messages:
+        size += message.ByteSize()
+        if fit and size > PAGE_BYTES:
+            break
+        fit.append(message)
+    return fit
 
 
 async def _header(requests: AsyncIterator[urza_pb2.UploadKernelRequest]) -> urza_pb2.KernelHeader:

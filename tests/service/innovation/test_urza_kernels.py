@@ -297,3 +297,22 @@ async def test_queries_choose_and_page(innovation: Innovation) -> None:
     for token in ("x", "1:", ":kernel-", "9" * 30 + ":k"):
         with pytest.raises(InvalidInput, match="token"):
             await innovation.urza().QueryKernels(urza_pb2.QueryKernelsRequest(page_token=token))
+
+
+async def test_a_page_never_outgrows_a_message(innovation: Innovation, monkeypatch: pytest.MonkeyPatch) -> None:
+    slot = interface()
+    kernels = [innovation.make(slot, symbols={"width": width}) for width in (3, 5, 7)]
+    for kernel in kernels:
+        await innovation.upload(kernel)
+    weight = to_proto(await innovation.record(kernels[0].manifest.kernel_id), kernel_pb2.KernelRecord).ByteSize()
+    for limit, pages in ((10, [1, 1, 1]), (int(2.5 * weight), [2, 1]), (1 << 20, [3])):
+        monkeypatch.setattr("services.urza.servicer.PAGE_BYTES", limit)
+        found, token = [], ""
+        while True:
+            request = urza_pb2.QueryKernelsRequest(interface_id=slot.id, page_token=token)
+            answer = await innovation.urza().QueryKernels(request)
+            found.append([record.manifest.kernel_id for record in answer.kernels])
+            if not (token := answer.next_page_token):
+                break
+        assert [len(page) for page in found] == pages
+        assert [one for page in found for one in page] == [kernel.manifest.kernel_id for kernel in kernels]

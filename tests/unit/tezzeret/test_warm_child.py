@@ -3,6 +3,10 @@
 import asyncio
 import dataclasses
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 
 import psutil
@@ -37,6 +41,13 @@ async def test_one_child_does_many_jobs_in_a_scrubbed_environment(
         await child.ask({"do": "refuse"})
     assert caught.value.hint == "ask for less"
     assert (await child.ask({"do": "echo", "say": 3}))["pid"] == first["pid"]
+
+
+async def test_a_warmed_child_takes_the_next_job(child: WarmChild) -> None:
+    await asyncio.gather(child.warm(), child.warm())
+    pid = child.pid
+    assert pid is not None
+    assert (await child.ask({"do": "echo", "say": 1}))["pid"] == pid
 
 
 async def test_memory_is_bounded_and_measured(child: WarmChild) -> None:
@@ -85,6 +96,30 @@ async def test_an_idle_child_leaves_and_the_next_job_starts_another() -> None:
         assert (await child.ask({"do": "echo", "say": 2}))["pid"] != first
     finally:
         await child.close()
+
+
+def test_an_orphaned_child_leaves_nothing_behind() -> None:
+    parent = f"""if True:
+        import asyncio, os, signal
+        from services.child import WarmChild
+        from services.sandbox import Limits
+
+        async def main():
+            child = WarmChild({WORKS!r}, Limits())
+            await child.warm()
+            print(child.pid, child.scratch, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        asyncio.run(main())
+    """
+    ended = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=False)
+    pid, scratch = ended.stdout.split()
+    assert ended.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not os.path.exists(scratch)
 
 
 async def test_a_cancelled_job_takes_its_child_along_and_close_removes_the_scratch(child: WarmChild) -> None:
