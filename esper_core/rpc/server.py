@@ -33,7 +33,7 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),  # a taken port is refused, not shared
     ("grpc.keepalive_time_ms", 30_000),  # a peer that is gone without a word is noticed
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 _STATUS = health_pb2.HealthCheckResponse
 _log = log.get("rpc")
