@@ -105,10 +105,10 @@ class Host(nn.Module):
         return self.slots[name]
 
     def can_widen(self, slot: Slot) -> bool:
-        """Whether no attached kernel next door relies on the widths that folding at ``slot`` would change."""
+        """Whether no kernel next door, blended or still learning, relies on the widths that folding at ``slot`` would change."""
         ends = {slot.source, slot.sink}
         return not any(
-            other.graft is not None and other.graft.attached and ends & {other.source, other.sink}
+            other.graft is not None and ends & {other.source, other.sink}
             for other in self.slots.values()
             if other is not slot
         )

@@ -7,7 +7,7 @@ they are new objects: whoever keeps a list of them must ask the model again. The
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +119,30 @@ class _Growth:
         state = self.optimizer.state.pop(old)
         theirs = self.optimizer.state.get(self.kernel[origin.parameter], {}) if origin else {}
         place: Callable[[Tensor], Tensor] = origin.place if origin else torch.clone
+        rule = next(group for group in self.optimizer.param_groups if any(held is new for held in group["params"]))
+
+        def longer(key: str, value: Tensor) -> Tensor:
+            if key not in theirs:
+                return torch.cat([value, torch.zeros_like(extra).to(value)], dim)
+            return torch.cat([value, place(theirs[key]) * _age_ratio(key, rule, state, theirs)], dim)
+
         self.optimizer.state[new] = {
-            key: torch.cat([value, place(theirs[key]) if key in theirs else torch.zeros_like(extra).to(value)], dim)
-            if isinstance(value, Tensor) and value.shape == old.shape
-            else value
+            key: longer(key, value) if isinstance(value, Tensor) and value.shape == old.shape else value
             for key, value in state.items()
         }
+
+
+_DECAYS = {"exp_avg": 0, "exp_avg_sq": 1, "max_exp_avg_sq": 1}
+"""Averages that the Adam family corrects for their age, and which of its betas each decays by."""
+
+
+def _age_ratio(key: str, rule: Mapping[str, Any], state: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """Adam divides an average by 1 − βᵗ; a younger one is scaled so that at the older one's t the quotient is as it was."""
+    if key not in _DECAYS or "betas" not in rule or not float(theirs.get("step", 0)):
+        return 1.0
+    beta = float(rule["betas"][_DECAYS[key]])
+    older, younger = (1 - float(beta ** float(ages["step"])) for ages in (state, theirs))
+    return older / younger
 
 
 def _swap(optimizer: torch.optim.Optimizer | None, module: nn.Module, name: str, value: Tensor) -> nn.Parameter:

@@ -111,7 +111,7 @@ def void(_: object) -> None:
 
 
 def test_looking_at_a_network_changes_nothing(family: str) -> None:
-    model, optimizer = fresh(family)
+    model, _ = fresh(family)
     host = wrapped(family, model)
     data = batches(family, 2, seed=2)
     LOSS(model(data[0][0]), data[0][1]).backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Transformer(nn.Module):
 def perceptron(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
     """Linear layers with an activation between them."""
     layers: list[nn.Module] = []
-    for enters, leaves in zip(widths[:-1], widths[1:], strict=True):
+    for enters, leaves in itertools.pairwise(widths):
         layers += [nn.Linear(enters, leaves), activation()]
     return nn.Sequential(*layers[:-1])
 
