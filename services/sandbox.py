@@ -62,7 +62,8 @@ def serve(works: Mapping[str, Work]) -> None:
 
     A job is ``{"do": NAME, …}``; its answer is ``{"ok": …}`` or ``{"error": {"kind", "message", "hint"}}``, where
     ``kind`` is a class of ``esper_core.errors``. What the work prints goes to stderr, never between the answers.
-    Limits come as JSON in the first argument, the scratch directory in the second. Import what is large before, so that it does not count as memory used.
+    Limits come as JSON in the first argument, the scratch directory in the second. Import what is large before, so
+    that it does not count as memory used.
     """
     limits = Limits(**json.loads(sys.argv[1]))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
