@@ -164,7 +164,7 @@ async def test_waits_for_a_bus_that_is_away_and_outlives_its_death(
 async def test_can_be_stopped_while_it_waits(stack: Endpoints, database: str, launch: Launch) -> None:
     endpoints = on_free_ports(stack, database).model_copy(update={"s3_endpoint": "http://127.0.0.1:9"})
     process = await launch(endpoints, "oona")
-    await asyncio.sleep(4)
+    await asyncio.sleep(2.5)
     assert process.returncode is None
     code, seconds = await _ends(process)
     assert code == 0
