@@ -36,6 +36,7 @@ from services.runtime import Platform, Service, Task
 NAMES = ("oona", "urza", "tezzeret", "urabrask", "tamiyo", "kasmina", "tolaria", "nissa")
 POOL_SIZE = 16
 GRACE, TASKS_GRACE, CLOSE_GRACE = 4.0, 2.0, 1.5  # seconds; together below the 10 that a stop may take
+CONNECT_SECONDS = 3.0
 PAUSE_FIRST, PAUSE_MAX, HEALTHY = 0.5, 10.0, 30.0  # seconds
 
 T = TypeVar("T")
@@ -116,7 +117,8 @@ async def _open(endpoints: Endpoints, names: Sequence[str], stack: contextlib.As
     blobs = await _insist("blobs", lambda: Blobs.open(endpoints))
     stack.push_async_callback(blobs.close)
     password = endpoints.nats_password.get_secret_value() if endpoints.nats_password else None
-    bus = await _insist("bus", lambda: Bus.connect(endpoints.nats_url, endpoints.nats_user, password, "services"))
+    url, user = endpoints.nats_url, endpoints.nats_user
+    bus = await _insist("bus", lambda: Bus.connect(url, user, password, "services", timeout=CONNECT_SECONDS))
     stack.push_async_callback(bus.close)
     channels: dict[str, grpc.aio.Channel] = {}
     stack.push_async_callback(_close_channels, channels)

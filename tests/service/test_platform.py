@@ -57,6 +57,10 @@ async def launch(tmp_path: Path) -> AsyncIterator[Launch]:
     print((tmp_path / "services.log").read_text())
 
 
+async def _waits_for(folder: Path, what: str) -> bool:
+    return f'"what": "{what}"' in await asyncio.to_thread((folder / "services.log").read_text)
+
+
 async def _serves(endpoints: Endpoints) -> bool:
     await serving(endpoints)
     return True
@@ -142,7 +146,7 @@ async def test_waits_for_a_bus_that_is_away_and_outlives_its_death(
         update={"nats_url": nats.url, "nats_user": None, "nats_password": None}
     )
     process = await launch(endpoints, "oona", "tolaria")
-    await asyncio.sleep(2)
+    await until(lambda: _waits_for(tmp_path, "bus"), 40)
     assert process.returncode is None
     try:
         nats.start()
@@ -161,10 +165,10 @@ async def test_waits_for_a_bus_that_is_away_and_outlives_its_death(
         nats.kill()
 
 
-async def test_can_be_stopped_while_it_waits(stack: Endpoints, database: str, launch: Launch) -> None:
+async def test_can_be_stopped_while_it_waits(stack: Endpoints, database: str, launch: Launch, tmp_path: Path) -> None:
     endpoints = on_free_ports(stack, database).model_copy(update={"s3_endpoint": "http://127.0.0.1:9"})
     process = await launch(endpoints, "oona")
-    await asyncio.sleep(2.5)
+    await until(lambda: _waits_for(tmp_path, "blobs"), 40)
     assert process.returncode is None
     code, seconds = await _ends(process)
     assert code == 0
