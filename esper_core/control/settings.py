@@ -71,7 +71,7 @@ class GrowthSettings(Settings):
     training_batch: int = Field(default=256, ge=1)
     training_learning_rate: float = Field(default=3e-3, gt=0)
     min_reconstruction: float = Field(default=0.0, lt=1)
-    """Held-back share of the wanted update that the kernel must exceed to be grafted: what does not carry over to unseen samples is noise."""
+    """Held-back share of the wanted update that the kernel must exceed: what does not carry over to unseen samples is noise."""
     ramp_epochs: int = Field(default=5, ge=1)
     """Epochs alpha takes from 0 to 1."""
     ramp: RampStyle = RampStyle.COSINE
