@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
 import nats.errors
-import stamina
 from nats.aio.msg import Msg
 
 from esper_core import log, telemetry
@@ -22,7 +21,7 @@ from esper_core.bus.database import AWAY as DATABASE_AWAY
 from esper_core.bus.database import Connection, Pool, lent
 from esper_core.bus.dead import bury
 from esper_core.bus.envelope import Event, unwrap
-from esper_core.bus.patience import AWAY
+from esper_core.bus.patience import AWAY, insist
 from esper_core.bus.pull import DONE, Verdict, pull
 from esper_core.bus.subjects import Stream, stream_of
 from esper_core.errors import EsperError, InvalidInput, Unavailable
@@ -32,6 +31,7 @@ Handler = Callable[[Connection, Event], Awaitable[None]]
 PlainHandler = Callable[[Event], Awaitable[None]]
 
 BACKOFF = (0.2, 1.0, 3.0, 8.0)  # seconds before each further attempt of a failing handler
+PASSING = (*DATABASE_AWAY, Unavailable)  # failures that are not the handler's own
 PATIENCE = 600.0  # seconds a handler whose dependency is away is tried within one delivery
 REMEMBERED = 4096  # event ids kept against duplicates where there is no inbox
 FORGET = 7 * 86_400.0  # seconds after which the server drops the consumer of a process that never came back
@@ -179,15 +179,11 @@ async def _take(
     try:
         event = unwrap(message.data, message.subject)
     except InvalidInput as error:
-        await _insist(partial(bury_it, reason=str(error), deliveries=deliveries))
+        await insist(partial(bury_it, reason=str(error), deliveries=deliveries), AWAY)
         return DONE
     try:
         with telemetry.use(event.envelope.traceparent):
-            async for attempt in stamina.retry_context(
-                on=_passes, attempts=None, timeout=PATIENCE, wait_initial=0.1, wait_max=5.0
-            ):
-                with attempt:
-                    await effect(event)
+            await insist(partial(effect, event), PASSING, PATIENCE)
     except Exception as error:  # noqa: BLE001 - a handler may fail in any way; the line must keep moving
         reason = f"{type(error).__name__}: {error.message if isinstance(error, EsperError) else error}"
         _log.warning(
@@ -200,20 +196,8 @@ async def _take(
         )
         if deliveries <= len(backoff):
             return Verdict(again=backoff[deliveries - 1])
-        await _insist(partial(bury_it, reason=reason, deliveries=deliveries))
+        await insist(partial(bury_it, reason=reason, deliveries=deliveries), AWAY)
     return DONE
-
-
-def _passes(error: Exception) -> bool:
-    """Whether a handler's failure is not its own: the database or a dependency is away."""
-    return isinstance(error, (*DATABASE_AWAY, Unavailable))
-
-
-async def _insist(burial: Callable[[], Awaitable[None]]) -> None:
-    """A message may only be let go when it is kept elsewhere."""
-    async for attempt in stamina.retry_context(on=AWAY, attempts=None, timeout=None, wait_initial=0.1, wait_max=5.0):
-        with attempt:
-            await burial()
 
 
 async def _first_time(connection: Connection, durable: str, event_id: str) -> bool:

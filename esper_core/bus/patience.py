@@ -5,8 +5,8 @@ Only what is known to pass is waited out; anything else propagates to whoever su
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
+from math import inf
 
 import asyncpg
 import nats.errors
@@ -33,6 +33,24 @@ HEALTHY = 30.0  # seconds of work after which the pauses begin small again
 _log = log.get("bus")
 
 
+async def insist(work: Callable[[], Awaitable[None]], away: tuple[type[Exception], ...], seconds: float = inf) -> None:
+    """Do ``work`` once, trying again with growing pauses while it raises what is in ``away``.
+
+    Raises:
+        Exception: what ``work`` raises that is not in ``away``, or still is when ``seconds`` have passed.
+    """
+    begun, pause = SYSTEM.monotonic(), PAUSE_FIRST
+    while True:
+        try:
+            return await work()
+        except away as error:
+            if SYSTEM.monotonic() + pause - begun > seconds:
+                raise
+            _log.warning("bus.waiting", seconds=pause, error=f"{type(error).__name__}: {error}")
+        await SYSTEM.sleep(pause)
+        pause = min(2 * pause, PAUSE_MAX)
+
+
 async def persist(work: Callable[[], Awaitable[None]], name: str) -> None:
     """Run ``work`` again and again for ever, with growing pauses while something is away.
 
@@ -49,5 +67,5 @@ async def persist(work: Callable[[], Awaitable[None]], name: str) -> None:
             if SYSTEM.monotonic() - begun > HEALTHY:
                 pause = PAUSE_FIRST
             _log.warning("bus.waiting", task=name, seconds=pause, error=f"{type(error).__name__}: {error}")
-            await asyncio.sleep(pause)
+            await SYSTEM.sleep(pause)
             pause = min(2 * pause, PAUSE_MAX)

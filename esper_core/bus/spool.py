@@ -95,11 +95,14 @@ class Spool:
         check_belongs(envelope, subject)
 
         def sealed(sequence: int) -> bytes:
-            if not envelope.sequence:
-                envelope.sequence = sequence
-            return envelope.SerializeToString()
+            stamped = EventEnvelope()
+            stamped.CopyFrom(envelope)
+            stamped.sequence = envelope.sequence or sequence
+            return stamped.SerializeToString()
 
-        return self._segments.append(subject, sealed)
+        sequence = self._segments.append(subject, sealed)
+        envelope.sequence = envelope.sequence or sequence
+        return sequence
 
     def sync(self) -> None:
         """Make everything appended so far survive a power cut; raises Exhausted or Unavailable when it may not."""

@@ -11,6 +11,7 @@ import re
 from types import TracebackType
 from typing import Any, Self
 
+import aiohttp
 from aioboto3.session import Session
 from aiobotocore.config import AioConfig
 from botocore.exceptions import BotoCoreError, ClientError
@@ -21,6 +22,7 @@ from esper_core.errors import Corrupt, EsperError, InvalidInput, NotFound, Unava
 from esper_core.ids import sha256
 
 MAX_BLOB = 512 * 1024 * 1024  # bytes
+ATTEMPTS = 3  # for one request
 
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 _MISSING = {"404", "NoSuchKey", "NotFound"}
@@ -54,7 +56,7 @@ class Blobs:
             config=AioConfig(  # type: ignore[no-untyped-call]
                 connect_timeout=3,
                 read_timeout=30,
-                retries={"mode": "standard", "max_attempts": 4},
+                retries={"mode": "standard", "max_attempts": ATTEMPTS},
                 s3={"addressing_style": "path"},
                 signature_version="s3v4",
             ),
@@ -167,13 +169,19 @@ class Blobs:
         return int(head["ContentLength"])
 
     async def _read(self, digest: str, span: str | None = None) -> bytes:
-        try:
-            extra = {"Range": span} if span else {}
-            answer = await self._s3.get_object(Bucket=self._bucket, Key=_key(digest), **extra)
-            async with answer["Body"] as body:
-                return bytes(await body.read())
-        except (BotoCoreError, ClientError) as error:
-            raise self._translated(error, digest) from error
+        extra = {"Range": span} if span else {}
+        for _ in range(ATTEMPTS):
+            try:
+                answer = await self._s3.get_object(Bucket=self._bucket, Key=_key(digest), **extra)
+                async with answer["Body"] as body:
+                    return bytes(await body.read())
+            except (BotoCoreError, ClientError) as error:
+                raise self._translated(error, digest) from error
+            except (aiohttp.ClientError, OSError):
+                # The transfer broke off: because the store went away, which this tells, or because the bytes are not
+                # there, which is so when it breaks off every time.
+                await self._size(digest)
+        raise Corrupt(f"the blob store breaks off {digest} every time", hint="store it again: that replaces the bytes")
 
     def _translated(self, error: BotoCoreError | ClientError, what: str) -> EsperError:
         if isinstance(error, ClientError):

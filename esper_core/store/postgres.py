@@ -15,9 +15,9 @@ from typing import TypeAlias
 from urllib.parse import urlsplit
 
 import asyncpg
-import stamina
 
 from esper_core import log
+from esper_core.clock import SYSTEM
 from esper_core.errors import Conflict, InvalidInput, Unavailable
 from esper_core.ids import sha256
 
@@ -71,9 +71,7 @@ async def open_pool(dsn: str, *, size: int = 10) -> Pool:
     try:
         pool = await asyncpg.create_pool(dsn, min_size=0, max_size=size, command_timeout=COMMAND_TIMEOUT)
         try:
-            async for attempt in stamina.retry_context(on=_AWAY, attempts=None, timeout=PATIENCE, wait_max=1.0):
-                with attempt:
-                    await pool.fetchval("SELECT 1")
+            await _answer(pool)
         except BaseException:
             await pool.close()
             raise
@@ -84,6 +82,20 @@ async def open_pool(dsn: str, *, size: int = 10) -> Pool:
             f"PostgreSQL refuses us: {error}", hint="check user, password and database in the DSN"
         ) from None
     return pool
+
+
+async def _answer(pool: Pool) -> None:
+    """Return once the server answers; what is in ``_AWAY`` is raised when it did not within ``PATIENCE``."""
+    deadline = SYSTEM.monotonic() + PATIENCE
+    while True:
+        try:
+            await pool.fetchval("SELECT 1")
+        except _AWAY:
+            if SYSTEM.monotonic() > deadline:
+                raise
+            await SYSTEM.sleep(0.2)
+        else:
+            return
 
 
 async def migrate(dsn: str, schemas: Mapping[str, Path]) -> list[Migration]:
