@@ -24,7 +24,6 @@ from esper_core.control.ledger import Ledger
 from esper_core.control.packet import (
     Budget,
     Command,
-    FieldReport,
     SeedEvent,
 )
 from esper_core.control.plot import Plot
@@ -35,7 +34,6 @@ from esper_core.control.source import CatalogueSource
 from esper_core.control.stages import STAGES
 from esper_core.control.survey import Survey
 from esper_core.errors import Conflict, EsperError
-from esper_core.ids import new_id
 from esper_core.lifecycle import BLENDED, IN_FLIGHT, State, check
 from esper_core.nn.cache import KernelCache
 from esper_core.nn.host import Host
@@ -147,7 +145,7 @@ class Grower:
             events=tuple(events),
             signal=signal,
             health=self.survey.health(self._ledger.seeds, epoch),
-            reports=tuple(self._report(event) for event in events if event.target in _ENDS),
+            reports=tuple(self._ledger.close(event) for event in events if event.target in _ENDS),
             refused=tuple(refused),
             seconds={"stages": moved - began, "measure": measured - moved, "decide": decided - measured},
             rolled_back=rolled_back,
@@ -168,6 +166,9 @@ class Grower:
             Corrupt: when the state is not of this host.
         """
         resume.load(state, self.plot, self._ledger, self.survey, self.governor)
+        for seed in self.seeds:
+            if seed.state is State.LOADING:  # what the source was asked for, this process never asked
+                self.source.request(seed.kernel_id, self.plot.host.slots[seed.slot].interface)
 
     def _govern(self, epoch: int, loss: float) -> list[SeedEvent]:
         """Throw every blended graft out when the loss, the host or a kernel says so."""
@@ -294,33 +295,6 @@ class Grower:
         return seed.advance(
             State.GERMINATED, epoch, command.reason or "ordered", facts=facts, command_id=command.command_id
         )
-
-    def _report(self, event: SeedEvent) -> FieldReport:
-        """The field report of a seed that has just ended; a kept slot gets its next seed."""
-        seed = self._ledger.seeds[event.slot]
-        report = FieldReport(
-            report_id=new_id(),
-            run_id=self.run_id,
-            seed_id=event.seed_id,
-            slot=event.slot,
-            kernel_id=event.kernel_id or "none",
-            blueprint_id=seed.blueprint_id,
-            command_id=seed.command_id,
-            outcome=event.target,
-            germinated_epoch=seed.germinated_epoch,
-            finished_epoch=event.epoch,
-            contribution=seed.contribution,
-            contribution_lower=seed.contribution_lower,
-            rent=seed.rent,
-            parameters=seed.parameters,
-            reconstruction=seed.reconstruction,
-            reason=event.reason,
-            folded=seed.folded,
-        )
-        self._ledger.reports.append(report)
-        if event.target is State.FOSSILIZED and seed.folded:
-            self._ledger.seeds[event.slot] = seed.reborn()
-        return report
 
 
 _ENDS = (State.FOSSILIZED, State.CULLED, State.ROLLED_BACK)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,16 @@ from torch import nn
 
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.control.grower import BoundaryReport, Grower
-from esper_core.control.packet import AdaptationSignal, Command, KernelCandidate, SystemStatePacket
+from esper_core.control.packet import AdaptationSignal, Command, KernelCandidate, SeedEvent, SystemStatePacket
 from esper_core.control.roles import LoadedKernel
+from esper_core.control.seed import Seed
 from esper_core.control.settings import GovernorSettings, GrowthSettings
 from esper_core.control.source import CatalogueSource
 from esper_core.ids import new_id
 from esper_core.lifecycle import State
 from esper_core.nn.cache import KernelCache
 from esper_core.nn.host import Host
-from tests.unit.nn.hosts import LOSS
+from tests.unit.nn.hosts import LOSS, batches, make, train, wrapped
 
 QUICK = GrowthSettings(
     warmup_epochs=1,
@@ -115,3 +116,61 @@ def held(optimizer: torch.optim.Optimizer) -> list[int]:
 def owned(module: nn.Module) -> list[int]:
     """Identities of the module's parameters."""
     return [id(parameter) for parameter in module.parameters()]
+
+
+class Run:
+    """A whole training run: data, host, optimiser and grower, deterministic in its seed.
+
+    Args:
+        family: of hosts.
+        rule: makes the optimiser from parameters.
+        options: for ``grower``.
+    """
+
+    def __init__(
+        self,
+        family: str = "mlp",
+        rule: Callable[[Any], torch.optim.Optimizer] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        self.family = family
+        self.host = wrapped(family, make(family, seed))
+        self.optimizer = (rule or (lambda parameters: torch.optim.Adam(parameters, 1e-2)))(self.host.parameters())
+        self.data = batches(family, 8, seed=11)
+        self.grower = grower(self.host, self.optimizer, self.data[:4], batches(family, 8, seed=12), **options)
+        self.events: list[SeedEvent] = []
+        self.refused: list[tuple[Command, str]] = []
+        self.rolled_back: list[int] = []
+
+    def epoch(self, number: int, loss: float | None = None) -> BoundaryReport:
+        """Train on all data in an order of that epoch's, then the boundary; ``loss`` is told instead of the true one."""
+        torch.manual_seed(number)
+        order = torch.randperm(len(self.data)).tolist()
+        losses = train(self.host.train(), self.optimizer, [self.data[index] for index in order])
+        report = self.grower.step(number, sum(losses) / len(losses) if loss is None else loss)
+        self.events += report.events
+        self.refused += report.refused
+        if report.rolled_back:
+            self.rolled_back.append(number)
+        return report
+
+    def epochs(self, start: int, stop: int) -> None:
+        for number in range(start, stop):
+            self.epoch(number)
+
+    def until(self, state: State, slot: str, start: int = 0, limit: int = 30) -> int:
+        """Run until the slot's seed is in ``state``; the next epoch's number."""
+        for number in range(start, limit):
+            self.epoch(number)
+            if self.seed(slot).state is state:
+                return number + 1
+        raise AssertionError(f"{slot} is {self.seed(slot).state.name} after {limit} epochs, never {state.name}")
+
+    def seed(self, slot: str) -> Seed:
+        return next(seed for seed in self.grower.seeds if seed.slot == slot)
+
+    def path(self, slot: str) -> list[State]:
+        """States that the slot's seeds went through, the first one included."""
+        events = [event for event in self.events if event.slot == slot]
+        return [events[0].source, *(event.target for event in events)] if events else []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ from esper_core.blueprint.build import KernelModule, build
 from esper_core.blueprint.catalogue import catalogue
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch
-from esper_core.nn.trace import HostGraph, chosen_spans, trace
+from esper_core.nn.trace import HostGraph, trace
 
 LOSS = nn.functional.cross_entropy
+CLASSES = 6
 
 
 class Block(nn.Module):
@@ -44,7 +44,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(2, 4, 3, padding=1)
         self.layer = nn.Sequential(Block(4), Block(4))
-        self.head = nn.Linear(4, 3)
+        self.head = nn.Linear(4, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(torch.relu(self.stem(x))).mean((2, 3)))
@@ -57,7 +57,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embed = nn.Linear(6, 8)
         self.layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.1, batch_first=True)
-        self.head = nn.Linear(8, 3)
+        self.head = nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.layer(self.embed(x)).mean(1))
@@ -76,12 +76,12 @@ def convolutional() -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(4, 3, 3, stride=2, padding=1),
+        nn.Conv2d(4, 2, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(2, 4, 3),
         nn.Flatten(),
         nn.Dropout(0.2),
-        nn.Linear(4, 3),
+        nn.Linear(4, CLASSES),
     )
 
 
@@ -94,7 +94,7 @@ class Family:
 
 
 FAMILIES = {
-    "mlp": Family(lambda: perceptron(6, 8, 3, 8, 3), (6,)),
+    "mlp": Family(lambda: perceptron(6, 8, 2, 8, CLASSES), (6,)),
     "cnn": Family(convolutional, (2, 6, 6)),
     "resnet": Family(ResNet, (2, 6, 6)),
     "transformer": Family(Transformer, (5, 6)),
@@ -108,39 +108,37 @@ def make(family: str, seed: int = 0) -> nn.Module:
 
 
 def batches(family: str, count: int, size: int = 32, seed: int = 1) -> list[Batch]:
-    """Standard normal inputs; the class is the largest of three fixed nonlinear functions of them."""
+    """Samples around one centre per class; the centres are the same for every seed."""
     generator = torch.Generator().manual_seed(seed)
     shape = FAMILIES[family].shape
-    features = math.prod(shape)
-    teacher = perceptron(features, 8, 3, activation=nn.Tanh)
-    fixed = torch.Generator().manual_seed(42)
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.normal_(generator=fixed)
-        inputs = [torch.randn(size, *shape, generator=generator) for _ in range(count)]
-        return [(x, teacher(x.flatten(1)).argmax(1)) for x in inputs]
+    centres = torch.randn(CLASSES, *shape, generator=torch.Generator().manual_seed(42))
+    found = []
+    for _ in range(count):
+        targets = torch.randint(CLASSES, (size,), generator=generator)
+        found.append((centres[targets] + 0.4 * torch.randn(size, *shape, generator=generator), targets))
+    return found
 
 
 @functools.cache
 def _graph(family: str) -> HostGraph:
-    return trace(make(family), batches(family, 1, size=4)[0][0])
+    return trace(make(family), (batches(family, 1, size=4)[0][0],))
 
 
 def wrapped(family: str, model: nn.Module) -> Host:
     """What ``esper.wrap`` gives for a model of the family."""
     graph = _graph(family)
-    return Host(model, graph, chosen_spans(graph, None))
+    return Host(model, graph, graph.spans)
 
 
 @functools.cache
 def _perceptron_graph(widths: tuple[int, ...], activation: type[nn.Module]) -> HostGraph:
-    return trace(perceptron(*widths, activation=activation), torch.zeros(4, widths[0]))
+    return trace(perceptron(*widths, activation=activation), (torch.zeros(4, widths[0]),))
 
 
 def wrapped_perceptron(model: nn.Module, *widths: int, activation: type[nn.Module] = nn.ReLU) -> Host:
     """What ``esper.wrap`` gives for ``perceptron(*widths)``."""
     graph = _perceptron_graph(widths, activation)
-    return Host(model, graph, chosen_spans(graph, None))
+    return Host(model, graph, graph.spans)
 
 
 def planted(slot: Slot, blueprint: str, seed: int = 3, **symbols: int) -> KernelModule:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from esper_core.errors import Conflict, Corrupt
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
-from tests.unit.nn.hosts import batches, equal, make, planted, train, wrapped
+from tests.unit.nn.hosts import CLASSES, batches, equal, make, planted, train, wrapped
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
@@ -183,7 +183,7 @@ def test_neighbours_follow_and_can_grow_in_turn() -> None:
     widths = {
         name: (s.interface.in_width, s.interface.hidden_width, s.interface.out_width) for name, s in host.slots.items()
     }
-    assert widths == {"0:2": (6, 8, 7), "2:4": (8, 7, 8), "4:6": (7, 8, 3)}
+    assert widths == {"0:2": (6, 8, 6), "2:4": (8, 6, 8), "4:6": (6, 8, CLASSES)}
     for name in host.slots:
         before = outputs(host, "mlp")
         slot = graft(host, name, "bottleneck_mlp")
@@ -192,7 +192,12 @@ def test_neighbours_follow_and_can_grow_in_turn() -> None:
         assert fold(host, slot, rule)
         assert (outputs(host, "mlp") - grafted).abs().max() < 1e-9
     linears = [module for module in host.modules() if isinstance(module, nn.Linear)]
-    assert [(layer.in_features, layer.out_features) for layer in linears] == [(6, 12), (12, 11), (11, 12), (12, 3)]
+    assert [(layer.in_features, layer.out_features) for layer in linears] == [
+        (6, 12),
+        (12, 10),
+        (10, 12),
+        (12, CLASSES),
+    ]
     assert all(layer.weight.shape == (layer.out_features, layer.in_features) for layer in linears)
 
 

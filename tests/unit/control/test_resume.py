@@ -1,0 +1,194 @@
+"""A run that was cut off and resumed is the run that was not, bit for bit, wherever in a seed's life the cut falls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from esper_core.control.packet import Command, SeedEvent
+from esper_core.errors import Corrupt
+from esper_core.lifecycle import State
+from esper_core.nn import checkpoint
+from tests.unit.control.growing import Run, germinate, order, settings
+from tests.unit.nn.hosts import equal
+
+
+@dataclass(frozen=True)
+class Story:
+    """What happens in a run: its kind, and what is ordered before which epoch's boundary."""
+
+    epochs: int
+    family: str = "mlp"
+    germinate: dict[int, tuple[str, str]] = field(default_factory=dict)
+    orders: dict[int, tuple[str, State]] = field(default_factory=dict)
+    losses: dict[int, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    visits: tuple[State, ...] = ()
+    """States that it must show, or the test proves nothing."""
+    cut_after: tuple[State, ...] = tuple(State)
+    """Changes after which it is cut off, and again one epoch later."""
+
+    def run(self) -> Run:
+        def rule(parameters: Any) -> torch.optim.Optimizer:
+            return torch.optim.Adam(parameters, 1e-2, amsgrad=True)
+
+        return Run(self.family, rule, seed=1, **self.options)
+
+    def live(self, run: Run, epoch: int) -> None:
+        if epoch in self.germinate:
+            slot, blueprint = self.germinate[epoch]
+            germinate(run.grower, slot, blueprint, command_id=f"command-{epoch}")
+        if epoch in self.orders:
+            slot, target = self.orders[epoch]
+            run.grower.command(order(slot, target, command_id=f"order-{epoch}"))
+        run.epoch(epoch, self.losses.get(epoch))
+
+
+S = State
+STORIES = {
+    "a whole life": Story(
+        18,
+        germinate={4: ("2:4", "bottleneck_mlp")},
+        visits=(S.LOADING, S.TRAINING, S.GRAFTING, S.STABILIZATION, S.EVALUATING, S.FINE_TUNING, S.FOSSILIZED),
+    ),
+    "kept beside": Story(
+        16,
+        family="resnet",
+        germinate={4: ("layer.0.conv1:layer.0.conv2", "conv_bypass_1x1")},
+        visits=(S.FINE_TUNING, S.FOSSILIZED),
+        cut_after=(S.GRAFTING, S.FOSSILIZED),
+    ),
+    "rolled back and tried again": Story(
+        20,
+        germinate={2: ("2:4", "bottleneck_mlp"), 13: ("0:2", "bottleneck_mlp")},
+        losses={9: float("inf")},
+        visits=(S.GRAFTING, S.ROLLED_BACK, S.DORMANT),
+    ),
+    "ordered away": Story(
+        12,
+        germinate={2: ("2:4", "bottleneck_mlp")},
+        orders={5: ("2:4", S.CULLED)},
+        visits=(S.TRAINING, S.CULLED, S.DORMANT),
+    ),
+    "by its own need": Story(
+        30,
+        options={"controller": None, "settings": settings(warmup_epochs=4, training_steps=30)},
+        visits=(S.GERMINATED, S.GRAFTING, S.FOSSILIZED),
+    ),
+}
+
+
+def told(events: list[SeedEvent]) -> list[tuple[Any, ...]]:
+    """What events say, without ids that are new in every process."""
+    return [
+        (e.seed_id, e.source, e.target, e.epoch, e.reason, e.alpha, e.kernel_id, sorted(e.measurements.items()))
+        for e in events
+    ]
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    story = STORIES[name]
+    whole = story.run()
+    states = []
+    for epoch in range(story.epochs):
+        states.append(whole.grower.state_dict())
+        checkpoint.save(tmp_path / str(epoch), states[-1])
+        story.live(whole, epoch)
+    assert set(story.visits) <= {event.target for event in whole.events}
+    last = story.run()
+    ends = [event.epoch + 1 for event in whole.events if event.target in story.cut_after]
+    cuts = [epoch for epoch in ends if epoch < story.epochs]
+    between = [cut + 1 for cut in cuts if cut + 1 < story.epochs]
+    for cut in sorted({*cuts, *between}):
+        saved = checkpoint.load(tmp_path / str(cut))
+        assert equal(saved, states[cut]), "the state taken at the cut changed while the run went on"
+        last = story.run()
+        last.grower.load_state_dict(saved)
+        for epoch in range(cut, story.epochs):
+            story.live(last, epoch)
+        assert told(last.events) == told([event for event in whole.events if event.epoch >= cut]), cut
+        assert without_ids(last.grower.state_dict()) == without_ids(whole.grower.state_dict()), cut
+        assert equal(last.grower.state_dict()["plot"], whole.grower.state_dict()["plot"]), cut
+        assert equal(last.grower.state_dict()["grafts"], whole.grower.state_dict()["grafts"]), cut
+    plain, report = whole.grower.finish()
+    its_plain, its_report = last.grower.finish()
+    assert equal(dict(plain.state_dict()), dict(its_plain.state_dict()))
+    assert (report.fossilized, report.culled, report.added_parameters, report.folded_max_abs_diff) == (
+        its_report.fossilized,
+        its_report.culled,
+        its_report.added_parameters,
+        its_report.folded_max_abs_diff,
+    )
+
+
+def without_ids(state: dict[str, Any]) -> dict[str, Any]:
+    """The bookkeeping, without tensors and without ids that are new in every process."""
+    kept = {
+        key: value for key, value in state.items() if key not in ("plot", "grafts", "snapshots", "applied", "reports")
+    }
+    seeds = {slot: {k: v for k, v in seed.items() if k != "command_id"} for slot, seed in state["seeds"].items()}
+    reports = [{k: v for k, v in r.items() if k not in ("report_id", "command_id")} for r in state["reports"]]
+    return kept | {
+        "seeds": seeds,
+        "reports": reports,
+        "applied": len(state["applied"]),
+        "snapshots": [*state["snapshots"]],
+    }
+
+
+def test_an_order_that_waits_survives(tmp_path: Path) -> None:
+    first = Run(seed=1)
+    first.epochs(0, 2)
+    command = germinate(first.grower, "2:4")
+    checkpoint.save(tmp_path / "c", first.grower.state_dict())
+    second = Run(seed=1)
+    second.grower.load_state_dict(checkpoint.load(tmp_path / "c"))
+    second.epoch(2)
+    assert [event.command_id for event in second.events] == [command.command_id]
+
+
+def test_an_order_obeyed_before_the_cut_is_not_obeyed_again() -> None:
+    first = Run(seed=1)
+    command = germinate(first.grower, "2:4")
+    first.epoch(0)
+    first.grower.command(order("2:4", State.CULLED, command_id="stop"))
+    first.epoch(1)
+    second = Run(seed=1)
+    second.grower.load_state_dict(first.grower.state_dict())
+    again: list[Command] = [command, order("2:4", State.CULLED, command_id="stop")]
+    for repeated in again:
+        second.grower.command(repeated)
+    second.epoch(2)
+    assert second.events == []
+    assert second.refused == []
+
+
+def test_a_learning_rate_of_the_schedule_is_resumed() -> None:
+    first = Run(seed=1)
+    first.optimizer.param_groups[0]["lr"] = 0.123
+    second = Run(seed=1)
+    second.grower.load_state_dict(first.grower.state_dict())
+    assert second.optimizer.param_groups[0]["lr"] == 0.123
+
+
+def test_what_held_still_still_does() -> None:
+    first = Run(seed=1)
+    germinate(first.grower, "2:4")
+    first.until(State.STABILIZATION, "2:4", 0)
+    second = Run(seed=1)
+    second.grower.load_state_dict(first.grower.state_dict())
+    still = [name for name, parameter in second.host.named_parameters() if not parameter.requires_grad]
+    assert still == ["model.2.weight", "model.2.bias", "model.4.weight", "model.4.bias"]
+
+
+def test_the_state_of_another_host_or_version_is_refused() -> None:
+    state = Run(seed=1).grower.state_dict()
+    with pytest.raises(Corrupt):
+        Run("cnn").grower.load_state_dict(state)
+    with pytest.raises(Corrupt):
+        Run(seed=1).grower.load_state_dict(state | {"version": 99})
