@@ -69,7 +69,7 @@ async def show_blueprint(
 ) -> None:
     """Show a design node by node.
 
-    Example:  esperctl blueprint show linear-bypass
+    Example:  esperctl blueprint show linear_bypass
     """
     async with call.platform() as platform:
         request = urza_pb2.GetBlueprintRequest(blueprint_id=blueprint)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from typing import Annotated, Any
 
 import typer
+from google.protobuf import descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
 from rich.console import RenderableType
 
 from esper_core.cli.command import Invocation, command, noun
 from esper_core.cli.output import moment, plain, table, words
 from esper_core.cli.resolve import run_of
 from esper_core.errors import NotFound, nearest
+from esper_core.pb.esper.core.v1 import decision_pb2, lifecycle_pb2  # noqa: F401 - payloads that travel, by name
 from esper_core.pb.esper.nissa.v1 import nissa_pb2
 
 app = noun("bus", "The event bus: events as they happen, events of before, dead letters.")
@@ -106,13 +107,15 @@ def _name(event: nissa_pb2.LoggedEvent) -> str:
 
 
 def _document(event: nissa_pb2.LoggedEvent) -> dict[str, Any]:
-    """The envelope with its payload opened; an unreadable payload stays base64."""
+    """The envelope with its payload opened; one of a kind that this build does not know stays base64."""
     outside = plain(event.envelope)
     try:
-        payload: Any = json.loads(event.payload_json)
-    except ValueError:
-        payload = base64.b64encode(event.envelope.payload).decode()
-    return {"subject": event.subject, **outside, "payload": payload}
+        kind = descriptor_pool.Default().FindMessageTypeByName(event.envelope.type)
+        message = message_factory.GetMessageClass(kind)()
+        message.ParseFromString(event.envelope.payload)
+    except (KeyError, DecodeError):
+        return {"subject": event.subject, **outside}
+    return {"subject": event.subject, **outside, "payload": plain(message)}
 
 
 def _line(event: nissa_pb2.LoggedEvent) -> RenderableType:

@@ -78,6 +78,7 @@ class Invocation:
         Raises:
             NotFound: nothing was ever started in the data directory.
         """
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own words on stderr are for its makers; ours say it all
         from esper_core.cli.platform import dial  # grpc costs 0.1 s: paid only by who dials
 
         async with dial(self.data_dir) as platform:

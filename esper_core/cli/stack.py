@@ -183,12 +183,12 @@ def _settings(call: Invocation, path: Path | None, options: Mapping[str, Mapping
 
 async def _served(call: Invocation) -> dict[str, str]:
     """What each service answers when asked for its health; how it failed when it does not answer."""
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
-
-    from esper_core.cli.platform import SERVICES, dial, stub
-
     answers: dict[str, str] = {}
-    async with dial(call.data_dir) as platform:
+    async with call.platform() as platform:
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        from esper_core.cli.platform import SERVICES, stub
+
         health = stub(health_pb2_grpc.HealthStub, platform.channel)
         for name in SERVICES:
             request = health_pb2.HealthCheckRequest(service=name)

@@ -40,6 +40,7 @@ def train(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one setting; repeatable.")
     ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Train without growth.")] = False,
+    twin: Annotated[bool, typer.Option("--twin/--no-twin", help="Also train the ungrown twin, to compare.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     offline: Annotated[bool, typer.Option("--offline", help="Use the built-in controller and no platform.")] = False,
     repeat: Annotated[
@@ -62,7 +63,8 @@ def train(
         call.output.document(documents, table(("PRESET", "*WHAT IT IS"), known.items(), empty="no presets"))
         return
     arguments = [_source(run)]
-    for option, given in (("--baseline", baseline), ("--resume", resume), ("--offline", offline)):
+    flags = (("--baseline", baseline), ("--no-twin", not twin), ("--resume", resume), ("--offline", offline))
+    for option, given in flags:
         arguments += [option] if given else []
     if name is not None:
         arguments += ["--name", check_name(name, "run name")]
@@ -72,7 +74,7 @@ def train(
         arguments += ["--repeat", str(repeat)]
     for setting in settings or []:
         arguments += ["--set", _setting(setting)]
-    if call.given_data_dir is not None:
+    if call.given_data_dir is not None or "ESPER_DATA_DIR" in os.environ:  # otherwise the configuration may say where
         arguments += ["--data-dir", str(call.data_dir)]
     arguments += ["-o", "json" if call.output.json else "text"]
     become_trainer(arguments)

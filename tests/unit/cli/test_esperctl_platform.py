@@ -1,11 +1,12 @@
 """Every noun against a platform that answers by script: what is asked, what is shown, what a program reads."""
 
+import base64
 import json
 
 import pytest
 
 from esper_core.errors import IllegalTransition, NotFound
-from esper_core.pb.esper.bus.v1.bus_pb2 import EventEnvelope
+from esper_core.pb.esper.bus.v1.bus_pb2 import EpochCompleted, EventEnvelope
 from esper_core.pb.esper.core.v1 import blueprint_pb2, decision_pb2, kernel_pb2, lifecycle_pb2, run_pb2
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 from esper_core.pb.esper.nissa.v1 import nissa_pb2
@@ -275,7 +276,9 @@ def test_decisions_show_figures_and_reasons(platform, esperctl):
 
 
 def logged(name: str, payload: str) -> nissa_pb2.LoggedEvent:
-    envelope = EventEnvelope(event_id="e1", type=f"esper.bus.v1.{name}", payload=b"\x01", epoch=3, producer="tolaria")
+    metrics = run_pb2.EpochMetrics(epoch=3, step=2**60, train_loss=0.5)
+    data = EpochCompleted(run_id="digits-1", metrics=metrics).SerializeToString()
+    envelope = EventEnvelope(event_id="e1", type=f"esper.bus.v1.{name}", payload=data, epoch=3, producer="tolaria")
     envelope.created.FromJsonString("2025-01-02T03:04:05.678Z")
     return nissa_pb2.LoggedEvent(subject="system.events.epoch.digits-1", envelope=envelope, payload_json=payload)
 
@@ -285,10 +288,18 @@ def test_bus_tail_opens_the_payload(platform, esperctl):
     platform.on("WatchEvents", lambda _: [nissa_pb2.WatchEventsResponse(event=event)])
     done = esperctl("bus", "tail", "--type", "EpochCompleted", "-o", "json")
     document = json.loads(done.stdout)
-    assert document["payload"] == {"metrics": {"train_loss": 0.5}}
+    assert document["payload"]["metrics"]["train_loss"] == 0.5
+    assert document["payload"]["metrics"]["step"] == 2**60
     assert document["epoch"] == 3
     assert platform.asked[-1].type == "esper.bus.v1.EpochCompleted"
     assert "03:04:05.678  system.events.epoch.digits-1  EpochCompleted" in esperctl("bus", "tail").stdout
+
+
+def test_a_payload_of_a_later_version_stays_closed(platform, esperctl):
+    event = logged("Unheard", "{}")
+    platform.on("WatchEvents", lambda _: [nissa_pb2.WatchEventsResponse(event=event)])
+    document = json.loads(esperctl("bus", "tail", "-o", "json").stdout)
+    assert base64.b64decode(document["payload"]) == event.envelope.payload
 
 
 def test_bus_events_of_before(platform, esperctl):

@@ -8,11 +8,13 @@ import pytest
 
 from esper_core import presets
 from esper_core.cli import train as train_module
+from esper_core.local.services import import_path
 
 
 @pytest.fixture
 def told(monkeypatch) -> list[list[str]]:
     """Arguments that the process would have been replaced with."""
+    monkeypatch.delenv("ESPER_DATA_DIR", raising=False)
     calls: list[list[str]] = []
     monkeypatch.setattr(os, "execve", lambda path, arguments, environment: calls.append([path, *arguments]))
     return calls
@@ -38,13 +40,19 @@ def test_the_least(told, esperctl, run_file):
 
 def test_everything(told, esperctl, run_file, tmp_path):
     esperctl(
-        "train", str(run_file), "--baseline", "--resume", "--offline", "--name", "r-1", "--seed", "0", "--repeat", "3",
+        "train", str(run_file), "--baseline", "--no-twin", "--resume", "--offline", "--name", "r-1", "--seed", "0", "--repeat", "3",
         "--set", "optimization.epochs=4", "--set", "model.widths=[8, 8]", "--data-dir", str(tmp_path), "-o", "json",
     )  # fmt: skip
     assert arguments(told[0]) == [
-        str(run_file), "--baseline", "--resume", "--offline", "--name", "r-1", "--seed", "0", "--repeat", "3",
+        str(run_file), "--baseline", "--no-twin", "--resume", "--offline", "--name", "r-1", "--seed", "0", "--repeat", "3",
         "--set", "optimization.epochs=4", "--set", "model.widths=[8, 8]", "--data-dir", str(tmp_path), "-o", "json",
     ]  # fmt: skip
+
+
+def test_the_variable_counts_like_the_option(told, esperctl, run_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("ESPER_DATA_DIR", str(tmp_path))
+    esperctl("train", str(run_file))
+    assert arguments(told[0]) == [str(run_file), "--data-dir", str(tmp_path), "-o", "text"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,8 @@ def test_exit_code_and_streams_are_the_trainer_s_own(tmp_path, run_file):
         "import sys; from esper_core.cli import train; train.TRAINER = 'standin'; "
         "from esper_core.cli.app import main; sys.argv[0] = 'esperctl'; main()"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = {name: value for name, value in os.environ.items() if name != "ESPER_DATA_DIR"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), import_path()])
     done = subprocess.run(
         [sys.executable, "-c", script, "train", str(run_file)],
         env=environment,
