@@ -33,7 +33,7 @@ from esper_core.control.settings import GrowthSettings
 from esper_core.control.source import CatalogueSource
 from esper_core.control.stages import STAGES
 from esper_core.control.survey import Survey
-from esper_core.errors import Conflict, EsperError
+from esper_core.errors import Conflict, EsperError, InvalidInput
 from esper_core.lifecycle import BLENDED, IN_FLIGHT, State, check
 from esper_core.nn.cache import KernelCache
 from esper_core.nn.host import Host
@@ -192,9 +192,10 @@ class Grower:
     def _after_rollback(self, seed: Seed, epoch: int) -> None:
         """Host and optimiser as they were before the graft; that blueprint never comes back to this slot."""
         self.plot.uproot(self.plot.host.slots[seed.slot])
-        snapshot = self._ledger.snapshots.pop(seed.slot, None)
-        if snapshot is not None:
-            self.plot.restore(snapshot)
+        younger = [*self._ledger.snapshots]
+        younger = younger[younger.index(seed.slot) + 1 :]
+        self.plot.restore(self._ledger.snapshots.pop(seed.slot))
+        self._renew_snapshots(younger)
         self.governor.forgive()
         self._embargo(seed, epoch)
         seed.barred.add(seed.blueprint_id)
@@ -228,8 +229,14 @@ class Grower:
             self.survey.forget()
             if seed.fold_difference is not None:
                 self._ledger.fold_differences.append(seed.fold_difference)
+                self._renew_snapshots([name for name in self._ledger.snapshots if name != seed.slot])
         if event.target in _ENDS:
             self._ledger.snapshots.pop(seed.slot, None)
+
+    def _renew_snapshots(self, slots: list[str]) -> None:
+        """The host changed otherwise than by training: for grafts blended before that, the way back is from now."""
+        for name in slots:
+            self._ledger.snapshots[name] = self.plot.snapshot()
 
     def _embargo(self, seed: Seed, epoch: int) -> None:
         seed.embargo_until = epoch + self.settings.embargo_epochs
@@ -246,6 +253,8 @@ class Grower:
     def _left(self) -> Budget:
         limit = self.budget.parameters
         grown = self.plot.parameters - self._ledger.initial_parameters
+        # Kernels that are on their way or learning count as if they were blended.
+        grown += sum(seed.parameters for seed in self.seeds if seed.state in IN_FLIGHT - BLENDED)
         left = None if limit is None else max(0, limit - grown)
         return Budget(parameters=left, adaptations=self.budget.adaptations)
 
@@ -272,11 +281,17 @@ class Grower:
             event = seed.advance(State.CULLED, epoch, command.reason or "ordered", command_id=command.command_id)
             self._settle(seed, event)
             return event
+        if command.target is not State.GERMINATED:
+            raise InvalidInput(
+                f"{command.target.name} cannot be ordered",
+                hint="order GERMINATED, CULLED or ROLLED_BACK; the rest follows",
+            )
         return self._germinate(seed, command, epoch)
 
     def _germinate(self, seed: Seed, command: Command, epoch: int) -> SeedEvent:
         busy = sum(other.state in IN_FLIGHT for other in self._ledger.seeds.values())
-        offers = {offer.kernel_id: offer for offer in self.source.candidates(self.plot.host.slots[seed.slot].interface)}
+        slot = self.plot.host.slots[seed.slot]
+        offers = {offer.kernel_id: offer for offer in self.source.candidates(slot.interface)}
         offer = offers.get(command.kernel_id)
         left = self._left().parameters
         facts = {
@@ -284,7 +299,7 @@ class Grower:
             "kernel_validated": bool(command.kernel_id),
             "kernel_fits": not offers or offer is not None,
             "not_embargoed": epoch >= seed.embargo_until,
-            "within_budget": left is None or offer is None or offer.parameters <= left,
+            "within_budget": left is None or offer is None or offer.cost(slot.unit_parameters) <= left,
             "graft_free": busy < self.settings.policy.in_flight,
         }
         check(seed.state, State.GERMINATED, facts)
@@ -292,6 +307,7 @@ class Grower:
         seed.command_id, seed.germinated_epoch = command.command_id, epoch
         if offer is not None:
             seed.blueprint_id, seed.blueprint_name = offer.blueprint_id, offer.blueprint_name
+            seed.parameters = offer.parameters
         return seed.advance(
             State.GERMINATED, epoch, command.reason or "ordered", facts=facts, command_id=command.command_id
         )

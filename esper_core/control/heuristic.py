@@ -200,9 +200,7 @@ class HeuristicController:
 
 
 def _cost(slot: SlotState, offer: KernelCandidate) -> int:
-    """Parameters that the host will have more of in the end: a widening leaves its units, whatever it was made of."""
-    unit = slot.evidence[-1].unit_parameters if slot.evidence else 0
-    return offer.width * unit if offer.foldable and unit else offer.parameters
+    return offer.cost(slot.evidence[-1].unit_parameters if slot.evidence else 0)
 
 
 def _worth(signal: GrowthSignal) -> float:

@@ -108,6 +108,10 @@ class KernelCandidate(Noun):
     foldable: bool = False
     forward_seconds: float = Field(default=0.0, ge=0)
 
+    def cost(self, unit_parameters: int) -> int:
+        """Parameters that the host will have more of in the end: a widening leaves its units, whatever it was made of."""
+        return self.width * unit_parameters if self.foldable and unit_parameters else self.parameters
+
 
 class SlotState(Noun):
     """One slot in a state packet."""

@@ -53,6 +53,15 @@ class Plot:
         self.host, self.optimizer, self.loss_fn = host, optimizer, loss_fn
         self.probe, self.validation = probe, validation
         self.settings, self.seed = settings, seed
+        self.still: dict[str, frozenset[str]] = {}
+        """Names of the host parameters that each graft, by slot, holds still; what the user froze is not among them."""
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for slot in host.slots.values():
+            if id(slot.leader) not in trained:
+                raise InvalidInput(
+                    f"the optimiser does not train {slot.sink_path}, where slot {slot.name} would grow",
+                    hint="build it over host.parameters(), or name other spans when wrapping",
+                )
 
     def plant(self, slot: Slot, kernel: LoadedKernel) -> Graft:
         """Build a kernel and bind it to its slot; the host does not notice.
@@ -85,14 +94,20 @@ class Plot:
 
     def hold_still(self, slot: Slot) -> None:
         """Freeze what the settings say holds still under a fresh graft."""
-        for parameter in self._still(slot):
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        wanted = {id(parameter) for parameter in self._wanted_still(slot)}
+        held = self._held_elsewhere(slot)
+        named = {name: p for name, p in self.host.model.named_parameters() if id(p) in wanted}
+        self.still[slot.name] = frozenset(name for name, p in named.items() if p.requires_grad or name in held)
+        for name in self.still[slot.name]:
+            named[name].requires_grad_(False)
+            named[name].grad = None
 
     def let_go(self, slot: Slot) -> None:
-        """Undo ``hold_still``."""
-        for parameter in self._still(slot):
-            parameter.requires_grad_(True)
+        """Undo ``hold_still``, but for what another graft holds."""
+        free = self.still.pop(slot.name, frozenset()) - self._held_elsewhere(slot)
+        for name, parameter in self.host.model.named_parameters():
+            if name in free:
+                parameter.requires_grad_(True)
 
     def uproot(self, slot: Slot) -> None:
         """Take the kernel out of host and optimiser."""
@@ -102,22 +117,21 @@ class Plot:
             slot.release()
 
     def snapshot(self) -> dict[str, Any]:
-        """Host weights and the optimiser's memory as they are, copied."""
-        return {
-            "shapes": morphology(self.host),
-            "host": copy.deepcopy(dict(self.host.state_dict())),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-        }
+        """A way back: the host's weights and what the optimiser remembers of them, copied."""
+        memory = {name: self.optimizer.state[p] for name, p in self._trained() if p in self.optimizer.state}
+        return copy.deepcopy({"shapes": morphology(self.host), "host": dict(self.host.state_dict()), "memory": memory})
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
-        """Back to a snapshot taken with the same parameters in the optimiser; the schedule's present figures stay."""
-        present = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        """Back to a snapshot. Kernels that are blended now keep theirs, and the schedule its present figures."""
         reshape(self.host, self.optimizer, snapshot["shapes"])
         self.host.load_state_dict(snapshot["host"])
-        # load_state_dict keeps tensors of the right dtype as they are; without a copy the snapshot would train along.
-        self.optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
-        for group, figures in zip(self.optimizer.param_groups, present, strict=True):
-            group.update(figures)
+        for name, parameter in self._trained():
+            self.optimizer.state.pop(parameter, None)
+            if name in snapshot["memory"]:
+                self.optimizer.state[parameter] = snapshot["memory"][name]
+        # Through its own state_dict the optimiser puts everything on the device it wants; what it keeps as it is must be a copy,
+        # or the snapshot would train along.
+        self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
 
     def fold(self, slot: Slot) -> float | None:
         """Make the slot's kernel part of the host.
@@ -156,11 +170,19 @@ class Plot:
         """The slot's kernel."""
         return cast(KernelModule, cast(Graft, slot.graft).kernel)
 
-    def _still(self, slot: Slot) -> list[nn.Parameter]:
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Named host parameters that the optimiser holds."""
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        return [(name, parameter) for name, parameter in self.host.model.named_parameters() if id(parameter) in held]
+
+    def _wanted_still(self, slot: Slot) -> list[nn.Parameter]:
         choice = self.settings.frozen
         if choice == "none":
             return []
         return slot.span_parameters() if choice == "span" else list(self.host.model.parameters())
+
+    def _held_elsewhere(self, slot: Slot) -> frozenset[str]:
+        return frozenset().union(*(names for other, names in self.still.items() if other != slot.name))
 
 
 def doubled(inputs: Any) -> Any:

@@ -5,6 +5,7 @@ Morphology first: a fresh host takes the grown shapes, then kernels are bound, t
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -20,17 +21,21 @@ from esper_core.control.seed import Seed
 from esper_core.control.survey import Survey
 from esper_core.errors import Corrupt
 from esper_core.nn.graft import Graft
-from esper_core.nn.widen import adopt, reshape
+from esper_core.nn.widen import adopt, morphology, reshape
 
 VERSION = 1
 
 
 def save(plot: Plot, ledger: Ledger, survey: Survey, governor: Governor) -> dict[str, Any]:
     """The whole state, copied."""
-    grafts = {slot.name: _save_graft(slot.graft) for slot in plot.host.slots.values() if slot.graft is not None}
+    grafts = {
+        slot.name: _save_graft(slot.graft) | {"still": bool(plot.still.get(slot.name))}
+        for slot in plot.host.slots.values()
+        if slot.graft is not None
+    }
     return {
         "version": VERSION,
-        "plot": plot.snapshot(),
+        "plot": _save_plot(plot),
         "grafts": grafts,
         "blended": _blend_order(plot),
         "seeds": {name: seed.state_dict() for name, seed in ledger.seeds.items()},
@@ -56,13 +61,15 @@ def load(state: Mapping[str, Any], plot: Plot, ledger: Ledger, survey: Survey, g
     if set(state["seeds"]) != set(plot.host.slots):
         raise Corrupt("the saved slots are not those of this host", hint="resume with the same model and spans")
     reshape(plot.host, plot.optimizer, state["plot"]["shapes"])
+    plot.still.clear()
     for name, saved in state["grafts"].items():
         _load_graft(plot, name, saved)
     for name in state["blended"]:
         slot = plot.host.slots[name]
         adopt(plot.optimizer, slot.leader, list(plot.kernel(slot).parameters()))
-    plot.restore(state["plot"])
-    _load_figures(plot, state["plot"])
+    plot.host.load_state_dict(state["plot"]["host"])
+    # Unlike after a rollback, learning rates and the like come back too; a copy, or the saved state would train along.
+    plot.optimizer.load_state_dict(copy.deepcopy(state["plot"]["optimizer"]))
     run_id = next(iter(ledger.seeds.values())).run_id if ledger.seeds else ""
     ledger.seeds = {name: Seed.from_state_dict(run_id, name, saved) for name, saved in state["seeds"].items()}
     ledger.initial_parameters = state["initial_parameters"]
@@ -73,6 +80,17 @@ def load(state: Mapping[str, Any], plot: Plot, ledger: Ledger, survey: Survey, g
     ledger.reports = [FieldReport.model_validate(report) for report in state["reports"]]
     survey.load_state_dict(state["survey"])
     governor.load_state_dict(state["governor"])
+
+
+def _save_plot(plot: Plot) -> dict[str, Any]:
+    """Host and optimiser, blended kernels included."""
+    return copy.deepcopy(
+        {
+            "shapes": morphology(plot.host),
+            "host": dict(plot.host.state_dict()),
+            "optimizer": plot.optimizer.state_dict(),
+        }
+    )
 
 
 def _blend_order(plot: Plot) -> list[str]:
@@ -92,7 +110,6 @@ def _blend_order(plot: Plot) -> list[str]:
 def _save_graft(graft: Graft) -> dict[str, Any]:
     kernel = graft.kernel
     assert isinstance(kernel, KernelModule)  # noqa: S101
-    ends = [*graft.source.parameters(), *graft.sink.parameters()]
     return {
         "blueprint": kernel.ir.model_dump(mode="json"),
         "interface": kernel.interface.model_dump(mode="json"),
@@ -102,7 +119,6 @@ def _save_graft(graft: Graft) -> dict[str, Any]:
         "faults": graft.faults.clone(),
         "raised": graft.raised,
         "attached": graft.attached,
-        "still": bool(ends) and not any(parameter.requires_grad for parameter in ends),
     }
 
 
@@ -120,9 +136,3 @@ def _load_graft(plot: Plot, name: str, saved: Mapping[str, Any]) -> None:
         graft.attach()
     if saved["still"]:
         plot.hold_still(slot)
-
-
-def _load_figures(plot: Plot, snapshot: Mapping[str, Any]) -> None:
-    """Learning rates and the like as they were: unlike after a rollback, here the schedule resumes too."""
-    for group, saved in zip(plot.optimizer.param_groups, snapshot["optimizer"]["param_groups"], strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})

@@ -123,9 +123,9 @@ def evaluating(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent:
             State.CULLED, now.epoch, f"contributes {_interval(found)}: not surely positive", measurements=measured
         )
     facts = {"contributes": True, "parameterless": seed.parameters == 0}
+    now.plot.let_go(slot)
     if seed.parameters == 0:
         return _fossilize(seed, slot, now, found, facts, measured)
-    now.plot.let_go(slot)
     reason = f"contributes {_interval(found)}"
     return seed.advance(State.FINE_TUNING, now.epoch, reason, facts=facts, measurements=measured, alpha=1.0)
 
