@@ -29,6 +29,8 @@ class Checkpoints:
         self.directory = directory
         self.keep = keep
         directory.mkdir(parents=True, exist_ok=True)
+        for half in directory.glob(".*.tmp"):  # what a killed process was writing
+            half.unlink(missing_ok=True)
 
     def save(self, epoch: int, tree: checkpoint.Tree) -> Path:
         """Write the state after ``epoch`` epochs and delete what is too old.

@@ -175,8 +175,8 @@ def train(config: TolariaConfig, arguments: argparse.Namespace, console: Console
                 check_name(run_id, "run")
                 seeded = config.model_copy(update={"seed": config.seed + number})
                 again = arguments.resume and (number == 0 or experiment.run_directory(seeded, run_id).exists())
-                experiment.open_run(seeded, run_id, grow=grow, resume=again)
-                runs.append(experiment.Experiment(seeded, run_id, grow, arguments.twin, view, stop).run())
+                one = experiment.Experiment(seeded, run_id, grow, arguments.twin, again, view, stop)
+                runs.append(one.run())
         except experiment.Stopped as stopped:
             view.close()
             console.print(

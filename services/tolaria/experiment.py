@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from esper_core.config import read_endpoints
+from esper_core.config import Endpoints, read_endpoints
 from esper_core.control.grower import Grower
 from esper_core.control.packet import Budget
 from esper_core.errors import AlreadyExists, Conflict, Exhausted, InvalidInput, NotFound
@@ -58,6 +58,7 @@ class Experiment:
         run_id: its name.
         grow: False for a baseline.
         twin: whether to train the ungrown twin too.
+        resume: whether to go on with a run that was begun before.
         view: who shows it.
         stop: the wish to stop.
     """
@@ -66,6 +67,7 @@ class Experiment:
     run_id: str
     grow: bool
     twin: bool
+    resume: bool
     view: View
     stop: Stop
 
@@ -84,13 +86,15 @@ class Experiment:
         set_up(self.config)
         data = load_data(self.config)
         host = build_host(self.config, data) if self.grow else None
-        plane = self._plane()
+        slots = list(host.slots.values()) if host else []
+        endpoints = self._endpoints()
+        open_run(self.config, self.run_id, grow=self.grow, resume=self.resume)
+        plane: Plane = Online(self.config, endpoints, self.run_id, self.directory) if endpoints else Offline()
         try:
-            if host is not None or plane.facts is not None:
-                plane.register(list(host.slots.values()) if host else [], self._epochs_done())
+            plane.register(slots, self._epochs_done())
             twin = self._twin(data) if self.twin and self.grow else None
             if host is not None and not self._epochs_done():
-                plane.prepare(list(host.slots.values()), self.view, self.stop)
+                plane.prepare(slots, self.view, self.stop)
             trainer = self._main(data, host, plane)
             finished = trainer.learner.finish()
             result = self._result(data, trainer, finished, twin, time.perf_counter() - began)
@@ -106,16 +110,16 @@ class Experiment:
             plane.close(self.view)
         return SeedRun(result, trainer.boundaries, twin.boundaries if twin else [])
 
-    def _plane(self) -> Plane:
+    def _endpoints(self) -> Endpoints | None:
+        """Where the platform is; None when the run does without one."""
         if self.config.services.offline:
-            return Offline()
+            return None
         try:
-            endpoints = read_endpoints(self.config.services.data_dir)
+            return read_endpoints(self.config.services.data_dir)
         except NotFound as error:
             if not self.grow:
-                return Offline()
+                return None
             raise NotFound(error.message, hint="start it with `esperctl up`, or train without it: --offline") from None
-        return Online(self.config, endpoints, self.run_id, self.directory)
 
     def _epochs_done(self) -> int:
         checkpoints = sorted((self.directory / "checkpoints").glob("epoch-*.ckpt"))

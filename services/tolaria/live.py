@@ -130,6 +130,8 @@ class LiveView:
         self.console.print(text, markup=False, highlight=False)
 
     def waiting(self, what: str, done: int, of: int) -> None:
+        if self._wait is None:
+            self._stop()  # the picture of the phase before stays
         self._wait = (what, done, of)
         self._draw()
 
@@ -240,7 +242,7 @@ def news(boundary: Boundary) -> list[str]:
 def decisions(signal: AdaptationSignal) -> list[str]:
     """Each action of a decision with its reasons."""
     return [
-        f"{signal.policy_version}: {action.command.target.name} {action.command.slot}, "
+        f"{signal.policy_version[:16]}: {action.command.target.name} {action.command.slot}, "
         f"confidence {action.confidence:.2f}, because "
         + "; ".join(reason.detail or reason.code.name.lower().replace("_", " ") for reason in action.reasons)
         for action in signal.actions

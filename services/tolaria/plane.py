@@ -129,8 +129,6 @@ class Online:
         interfaces = sorted({slot.interface.id for slot in slots})
         end = time.monotonic() + limit
         stock = Stock(self.link)
-        if limit:
-            view.begin("kernels", self.config.optimization.epochs)
         while time.monotonic() < end and interfaces and not stop.signal:
             counts = stock.look(interfaces)
             if counts is None:

@@ -48,8 +48,11 @@ def test_no_whole_checkpoint_is_an_error_and_none_at_all_is_not(tmp_path: Path) 
 def test_half_a_checkpoint_is_never_seen(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path)
     kept.save(1, {"epoch": 1})
-    (tmp_path / ".epoch-00000002.ckpt.99.tmp").write_bytes(b"half")
+    half = tmp_path / ".epoch-00000002.ckpt.99.tmp"
+    half.write_bytes(b"half")
     assert kept.latest() == {"epoch": 1}
+    assert Checkpoints(tmp_path).latest() == {"epoch": 1}
+    assert not half.exists()
 
 
 def test_a_full_disk_is_an_error_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
