@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import deque
@@ -128,7 +129,11 @@ class Survey:
         budget: Budget,
         source: KernelSource,
     ) -> SystemStatePacket:
-        """Everything a controller sees of this epoch."""
+        """Everything a controller sees of this epoch.
+
+        A loss that is not finite cannot travel: for training it is measured anew, on the host as it is after any rollback.
+        """
+        train_loss = train_loss if math.isfinite(train_loss) else self.loss()
         self.losses.append(train_loss)
         host = self.plot.host
         signals = {signal.slot: signal for signal in self.health(seeds, epoch)}
@@ -150,8 +155,8 @@ class Survey:
             run_id=run_id,
             epoch=epoch,
             train_loss=train_loss,
-            validation_loss=validation_loss,
-            validation_accuracy=validation_accuracy,
+            validation_loss=_finite(validation_loss),
+            validation_accuracy=_finite(validation_accuracy),
             loss_window=tuple(self.losses),
             slots=slots,
             budget=budget,
@@ -192,18 +197,22 @@ class Survey:
             return signal
         measured = asdict(reading.vitals) | {
             "health": health_of(reading.evidence, self.thresholds),
-            "weight_norm": float(slot.source.weight.detach().norm()),
+            "weight_norm": math.hypot(*(float(p.detach().norm()) for p in slot.source.parameters())),
             "latency_seconds": _latency(slot) if slot.graft else None,
             "signal": GrowthSignal(**asdict(reading.evidence)),
         }
         return signal.model_copy(update=measured)
 
 
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
 @torch.no_grad()
 def _latency(slot: Slot, batch: int = 64, repetitions: int = 3) -> float:
     """Median wall seconds of the kernel's forward pass on a batch of the slot's shape."""
     assert slot.graft is not None  # noqa: S101
-    inputs = example_input(slot.interface, batch, seed=0).to(slot.source.weight)
+    inputs = example_input(slot.interface, batch, seed=0).to(slot.leader)
     seconds = []
     for _ in range(repetitions):
         began = time.perf_counter()

@@ -32,18 +32,18 @@ class Graft(nn.Module):
         source: the module whose input the kernel reads.
         sink: the module to whose output the kernel adds.
         kernel: maps (batch, …) of the interface's entering shape to its leaving shape.
+        like: a tensor of the device and dtype that the kernel shall have.
     """
 
     alpha: Tensor
     faults: Tensor
 
-    def __init__(self, source: nn.Module, sink: nn.Module, kernel: nn.Module) -> None:
+    def __init__(self, source: nn.Module, sink: nn.Module, kernel: nn.Module, *, like: Tensor) -> None:
         super().__init__()
-        self.kernel = kernel
-        parameter = next(source.parameters())
+        self.kernel = kernel.to(device=like.device, dtype=like.dtype)
         # Non-persistent: a run's checkpoint keeps both beside the seed's state.
-        self.register_buffer("alpha", torch.zeros((), device=parameter.device, dtype=parameter.dtype), persistent=False)
-        self.register_buffer("faults", torch.zeros((), device=parameter.device, dtype=torch.int64), persistent=False)
+        self.register_buffer("alpha", torch.zeros((), device=like.device, dtype=like.dtype), persistent=False)
+        self.register_buffer("faults", torch.zeros((), device=like.device, dtype=torch.int64), persistent=False)
         self.muted = False
         # Kept out of the module tree: they belong to the host.
         self._ends = (source, sink)

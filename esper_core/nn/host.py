@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.errors import Conflict, InvalidInput
 from esper_core.nn.graft import Graft
-from esper_core.nn.trace import Growable, HostGraph, Span, chosen_spans, trace
+from esper_core.nn.spans import choose
+from esper_core.nn.trace import Growable, HostGraph, Span, trace
 
 
 class Slot:
@@ -27,31 +28,47 @@ class Slot:
     def __init__(self, span: Span, model: nn.Module) -> None:
         self.name = span.name
         self.source_path, self.sink_path = span.source, span.sink
-        self.source = cast(Growable, model.get_submodule(span.source))
-        self.sink = cast(Growable, model.get_submodule(span.sink))
+        self.source = model.get_submodule(span.source)
+        self.sink = model.get_submodule(span.sink)
         self.graft: Graft | None = None
         self._interface = span.interface
 
     @property
     def interface(self) -> SlotInterface:
         """What a kernel meets here; the widths follow the host as it grows, here or next door."""
-        groups = self.source.groups if isinstance(self.source, nn.Conv2d) else 1
+        ends = self.layers
+        if ends is None:
+            return self._interface
+        source, sink = ends
+        groups = source.groups if isinstance(source, nn.Conv2d) else 1
         widths = {
-            "in_width": self.source.weight.shape[1] * groups,
-            "hidden_width": self.source.weight.shape[0],
-            "out_width": self.sink.weight.shape[0],
+            "in_width": source.weight.shape[1] * groups,
+            "hidden_width": source.weight.shape[0],
+            "out_width": sink.weight.shape[0],
         }
         return self._interface.model_copy(update=widths)
 
     @property
+    def layers(self) -> tuple[Growable, Growable] | None:
+        """Source and sink when both are layers that can be widened; None when the span is between blocks."""
+        if isinstance(self.source, Growable) and isinstance(self.sink, Growable):
+            return self.source, self.sink
+        return None
+
+    @property
     def unit_parameters(self) -> int:
-        """Parameters that one more unit in the spanned layer would cost: a row, its bias, and a column."""
-        return self.source.weight[0].numel() + 1 + self.sink.weight[:, 0].numel()
+        """Parameters that one more unit over the span would cost: a row, its bias, and a column."""
+        if self.layers is None:
+            return self._interface.in_width + 1 + self._interface.out_width
+        source, sink = self.layers
+        return source.weight[0].numel() + 1 + sink.weight[:, 0].numel()
 
     @property
     def leader(self) -> nn.Parameter:
-        """The sink's weight: a kernel learns at its rate, by its schedule."""
-        return cast(nn.Parameter, self.sink.weight)
+        """A parameter of the span: a kernel learns at its rate, by its schedule, on its device."""
+        if self.layers is not None:
+            return cast(nn.Parameter, self.layers[1].weight)
+        return next(parameter for parameter in self.span_parameters() if parameter.is_floating_point())
 
     def span_parameters(self) -> list[nn.Parameter]:
         """Source's and sink's own parameters."""
@@ -65,8 +82,7 @@ class Slot:
         """
         if self.graft is not None:
             raise Conflict(f"slot {self.name} already has a kernel", hint="cull it first")
-        weight = self.source.weight
-        self.graft = Graft(self.source, self.sink, kernel.to(device=weight.device, dtype=weight.dtype))
+        self.graft = Graft(self.source, self.sink, kernel, like=self.leader)
         return self.graft
 
     def release(self) -> None:
@@ -141,11 +157,12 @@ def wrap(
     Args:
         model: any module whose forward ``torch.export`` understands.
         example_inputs: one batch as in training, a tensor or a tuple of arguments.
-        spans: (source, sink) module paths, to choose among the spans; all of them when None.
+        spans: (source, sink) module paths; every span found when None.
 
     Raises:
-        InvalidInput: when the example does not fit or a named span does not exist.
+        InvalidInput: when the example does not fit or a named span cannot be one.
         Unsupported: when the forward cannot be traced.
     """
-    graph = trace(model, example_inputs)
-    return Host(model, graph, chosen_spans(graph, spans))
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    graph = trace(model, inputs)
+    return Host(model, graph, choose(model, inputs, graph, spans))

@@ -14,8 +14,10 @@ MAX_TAPS = 1024
 
 def entering_rows(tensor: Tensor, interface: SlotInterface) -> Tensor:
     """What a kernel could read, (rows, features): the source's patches on the grid that leaves the span."""
-    if interface.layout is not Layout.IMAGE or interface.source is None or interface.sink is None:
+    if interface.layout is not Layout.IMAGE:
         return tensor.flatten(0, -2)
+    if interface.source is None or interface.sink is None:
+        return _pooled(tensor, interface.out_size)
     stride = (
         interface.source.stride_h * interface.sink.stride_h,
         interface.source.stride_w * interface.sink.stride_w,
@@ -25,8 +27,10 @@ def entering_rows(tensor: Tensor, interface: SlotInterface) -> Tensor:
 
 def inner_rows(tensor: Tensor, interface: SlotInterface) -> Tensor:
     """What the sink reads, (rows, features + 1): its patches and a one for its bias."""
-    if interface.layout is not Layout.IMAGE or interface.sink is None:
+    if interface.layout is not Layout.IMAGE:
         rows = tensor.flatten(0, -2)
+    elif interface.sink is None:
+        rows = _pooled(tensor, interface.out_size)
     else:
         rows = _patches(tensor, interface.sink, interface.sink.stride, interface.out_size)
     return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
@@ -45,6 +49,11 @@ def leaving_map(rows: Tensor, like: Tensor, interface: SlotInterface) -> Tensor:
         return rows.reshape(like.shape)
     batch, channels, height, width = like.shape
     return rows.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _pooled(tensor: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """(batch · grid positions, channels): each position's own neighbourhood, where no single convolution says which."""
+    return functional.adaptive_avg_pool2d(tensor, (grid[0], grid[1])).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _patches(tensor: Tensor, conv: ConvGeometry, stride: tuple[int, int], grid: tuple[int, ...]) -> Tensor:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper_core.blueprint.interface import ConvGeometry, Layout, SlotInterface
-from esper_core.errors import InvalidInput, Unsupported, nearest
+from esper_core.errors import InvalidInput, Unsupported
 
 Growable = nn.Linear | nn.Conv2d
 
@@ -63,14 +64,13 @@ class HostGraph:
     spans: tuple[Span, ...]
 
 
-def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> HostGraph:
+def trace(model: nn.Module, inputs: tuple[Any, ...]) -> HostGraph:
     """Read the data flow of ``model`` off one example batch; changes neither the model nor any random state.
 
     Raises:
         InvalidInput: when the example does not fit the model.
         Unsupported: when the forward cannot be exported (data-dependent control flow, for one).
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     _try_out(model, inputs)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -83,36 +83,29 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> HostGra
     return _Reader(model, exported).read()
 
 
-def chosen_spans(graph: HostGraph, pairs: Sequence[tuple[str, str]] | None) -> tuple[Span, ...]:
-    """The spans named by module path, or all of them.
-
-    Raises:
-        InvalidInput: when a pair is not a span of this graph; the hint lists those that are.
-    """
-    if pairs is None:
-        return graph.spans
-    known = {span.name: span for span in graph.spans}
-    for source, sink in pairs:
-        if f"{source}:{sink}" not in known:
-            hint = nearest(f"{source}:{sink}", known) or "this network has no spans"
-            raise InvalidInput(f"({source!r}, {sink!r}) is not a span of this network", hint=hint)
-    return tuple(known[f"{source}:{sink}"] for source, sink in pairs)
+@contextmanager
+def quietly(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients inside; modes and random state as before afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _try_out(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """One plain forward pass in evaluation mode: a misfit shows here with the model's own words."""
-    modes = [(module, module.training) for module in model.modules()]
+    """One plain forward pass: a misfit shows here with the model's own words."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            model.eval()(*inputs)
+        with quietly(model):
+            model(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as problem:
         raise InvalidInput(
             f"the example inputs do not fit {type(model).__name__}: {_first_line(problem)}",
             hint="pass a batch shaped as in training, e.g. esper.wrap(model, next(iter(loader))[0])",
         ) from problem
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _first_line(problem: Exception) -> str:

@@ -32,17 +32,18 @@ def fold(host: Host, slot: Slot, optimizer: torch.optim.Optimizer | None) -> boo
         raise Conflict(f"slot {slot.name} has no kernel to fold")
     kernel = cast(KernelModule, slot.graft.kernel)
     terms = fold_terms(kernel, slot.interface, float(slot.graft.alpha)) if host.can_widen(slot) else None
-    if terms is None or slot.source.bias is None or slot.sink.bias is None:
+    if terms is None or slot.layers is None:
         return False
+    source, sink = slot.layers
     parameters = dict(kernel.named_parameters())
     grow = _Growth(optimizer, parameters)
-    grow.replace(slot.source, "weight", terms.source_weight, 0, terms.origins.get("source_weight"))
-    grow.replace(slot.source, "bias", terms.source_bias, 0, terms.origins.get("source_bias"))
-    grow.replace(slot.sink, "weight", terms.sink_weight, 1, terms.origins.get("sink_weight"))
+    grow.replace(source, "weight", terms.source_weight, 0, terms.origins.get("source_weight"))
+    grow.replace(source, "bias", terms.source_bias, 0, terms.origins.get("source_bias"))
+    grow.replace(sink, "weight", terms.sink_weight, 1, terms.origins.get("sink_weight"))
     with torch.no_grad():
-        slot.sink.bias += terms.sink_bias
-    _set_widths(slot.source)
-    _set_widths(slot.sink)
+        cast(nn.Parameter, sink.bias).add_(terms.sink_bias)
+    _set_widths(source)
+    _set_widths(sink)
     forget(optimizer, list(parameters.values()))
     slot.release()
     return True
@@ -79,6 +80,7 @@ def morphology(host: Host) -> dict[str, list[int]]:
     return {
         path: list(cast(Growable, host.model.get_submodule(path)).weight.shape)
         for slot in host.slots.values()
+        if slot.layers is not None
         for path in (slot.source_path, slot.sink_path)
     }
 
