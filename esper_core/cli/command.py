@@ -148,5 +148,5 @@ def edge(*, debug: bool) -> Iterator[None]:
     except Exception as failure:  # the outermost edge: people get a message, --debug the traceback
         if debug:
             raise
-        error(f"{type(failure).__name__}: {failure}", "this is a defect; run with --debug to see where")
+        error(f"{type(failure).__name__}: {failure}", "this is a defect; `esperctl --debug …` shows where")
         raise typer.Exit(_EXIT_UNEXPECTED) from None

@@ -15,6 +15,10 @@ from pydantic import SecretStr
 from esper_core.cli.train import TRAINER
 from esper_core.config import ENDPOINTS_FILE
 from esper_core.lifecycle import State
+from esper_core.pb.esper.core.v1.run_pb2 import RUN_STATE_FINISHED
+from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
+from esper_core.pb.esper.nissa.v1 import nissa_pb2
+from esper_core.pb.esper.tolaria.v1 import tolaria_pb2
 from tests.service.cli.conftest import run_esperctl
 from tests.service.platform import INTERFACE, SLOT, Stage, until
 
@@ -44,6 +48,12 @@ async def read(esperctl: Call, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+async def known(stage: Stage, run_id: str) -> bool:
+    """Whether the run and its seeds have arrived."""
+    await stage.stub("tolaria").GetRun(tolaria_pb2.GetRunRequest(run_id=run_id))
+    return bool((await stage.stub("kasmina").ListSeeds(kasmina_pb2.ListSeedsRequest(run_id=run_id))).seeds)
+
+
 async def test_a_run_is_listed_shown_and_watched(stage: Stage, esperctl: Call, run_id: str) -> None:
     await stage.register(run_id)
     for epoch, loss in enumerate((2.0, 1.0, 0.5)):
@@ -51,8 +61,9 @@ async def test_a_run_is_listed_shown_and_watched(stage: Stage, esperctl: Call, r
     await stage.end(run_id)
 
     async def ended() -> bool:
-        shown = await read(esperctl, "runs", "show", run_id)
-        return shown["state"] == "FINISHED" and len(shown["history"]) == 3
+        found = await stage.stub("tolaria").GetRun(tolaria_pb2.GetRunRequest(run_id=run_id))
+        history = await stage.stub("nissa").GetRunHistory(nissa_pb2.GetRunHistoryRequest(run_id=run_id))
+        return found.run.state == RUN_STATE_FINISHED and len(history.epochs) == 3
 
     await until(ended, 30)
     shown = await read(esperctl, "runs", "show", "latest")
@@ -71,7 +82,8 @@ async def test_a_seed_s_history_is_told_with_reasons_and_figures(stage: Stage, e
     await stage.seed(run_id, State.GERMINATED, State.LOADING, 4, reason="memory granted")
 
     async def told() -> bool:
-        return len((await read(esperctl, "seed", "show", SLOT, "--run", run_id))["history"]) == 2
+        found = await stage.stub("kasmina").GetSeed(kasmina_pb2.GetSeedRequest(run_id=run_id, slot=SLOT))
+        return len(found.seed.history) == 2
 
     await until(told, 30)
     page = (await esperctl("seed", "show", "--run", run_id)).stdout
@@ -87,18 +99,17 @@ async def test_an_order_is_durable_and_an_impossible_one_refused(stage: Stage, e
     kernel_id = await stage.kernel(seed=41)
     await stage.register(run_id)
 
-    async def dormant() -> bool:
-        return bool(await read(esperctl, "seed", "list", "--run", run_id))
-
-    await until(dormant, 30)
+    await until(lambda: known(stage, run_id), 30)
     order = await read(esperctl, "seed", "germinate", SLOT, kernel_id[:19], "--run", run_id, "--reason", "try it")
     assert (order["target"], order["kernel_id"], order["issued_by"]) == ("GERMINATED", kernel_id, "operator")
 
     async def on_the_bus() -> bool:
-        events = await read(esperctl, "bus", "events", "--run", run_id, "--type", "Command")
-        return [event["payload"]["command_id"] for event in events] == [order["command_id"]]
+        request = nissa_pb2.ListEventsRequest(run_id=run_id, type="esper.core.v1.Command")
+        return bool((await stage.stub("nissa").ListEvents(request)).events)
 
     await until(on_the_bus, 30)
+    events = await read(esperctl, "bus", "events", "--run", run_id, "--type", "Command")
+    assert [event["payload"]["command_id"] for event in events] == [order["command_id"]]
     refused = await esperctl("seed", "transition", SLOT, "rolled_back", "--run", run_id)
     assert refused.returncode == 5
     assert "hint: " in refused.stderr
@@ -109,15 +120,14 @@ async def test_kernels_are_found_by_slot_and_pulled(stage: Stage, esperctl: Call
     kernel_id = await stage.kernel(seed=42)
     await stage.register(run_id)
 
-    async def known() -> bool:
-        listed = await read(esperctl, "kernel", "list", "--slot", SLOT, "--run", run_id, "--status", "validated")
-        return kernel_id in [kernel["manifest"]["kernel_id"] for kernel in listed]
-
-    await until(known, 30)
+    await until(lambda: known(stage, run_id), 30)
+    listed = await read(esperctl, "kernel", "list", "--slot", SLOT, "--run", run_id, "--status", "validated")
+    assert kernel_id in [kernel["manifest"]["kernel_id"] for kernel in listed]
     assert (await read(esperctl, "kernel", "show", kernel_id[7:19]))["interface_id"] == INTERFACE.id
     pulled = await read(esperctl, "kernel", "pull", kernel_id, "--to", str(tmp_path / "kernels"))
     blob = Path(pulled["blob"])
     assert await asyncio.to_thread(blob.read_bytes) == b"weights 42"
+    assert (await esperctl("kernel", "verify", str(blob))).returncode == 0
     await asyncio.to_thread(blob.write_bytes, b"weights 43")
     assert (await esperctl("kernel", "verify", pulled["blob"])).returncode == 10
 
