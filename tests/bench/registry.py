@@ -1,0 +1,32 @@
+"""Every bench by name, in the order in which `make bench` runs them. Bench modules are imported when they run."""
+
+from __future__ import annotations
+
+import importlib
+
+from tests.bench.bench import Bench, Pace, Table
+
+ABOUT = {
+    "dormant": "a training step of the wrapped host, slots dormant or a seed in TRAINING, against the bare model",
+    "boundary": "one measuring epoch boundary in training steps, and its share of training at the defaults",
+    "graft": "a training step with a blended kernel, and after folding against a natively wider network",
+    "decide": "Tamiyo.Step over mutual TLS with 1 to 200 slots, and the policy alone",
+    "stream": "kernels to and from the library: throughput of 16 MiB, latency of a small one",
+    "bus": "outbox to JetStream to inbox: events per second and end-to-end latency",
+    "forge": "builds and evaluations per minute, and what they cost a training run next door",
+    "stack": "`up` cold and warm, and healing after kill -9 of each child",
+    "seeds": "the demo over many seeds, its healthy twin, and a static network of the grown shape",
+    "presets": "every other task preset, a few seeds each (minutes: only when named)",
+}
+USUAL = tuple(name for name in ABOUT if name != "presets")
+"""What runs when nothing is named, within six minutes on two free cores."""
+
+
+def bench(name: str) -> Bench:
+    """The bench of that name."""
+
+    def run(pace: Pace) -> list[Table]:
+        found: list[Table] = importlib.import_module(f"tests.bench.{name}").run(pace)
+        return found
+
+    return Bench(name, ABOUT[name], run)

@@ -1,0 +1,73 @@
+"""What the benches compute from what they measure. The measuring itself is never tested: times are no facts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.bench import report
+from tests.bench.bench import Bench, Outcome, Table
+from tests.bench.figures import ENOUGH_FOR_P99, Sample, interleaved, mean_row, ratio_row
+
+
+def test_quantiles_lie_between_the_order_statistics() -> None:
+    sample = Sample((4.0, 1.0, 3.0, 2.0))
+    assert sample.median == 2.5
+    assert sample.quantile(0.0) == 1.0
+    assert sample.quantile(1.0) == 4.0
+    assert sample.quantile(0.25) == pytest.approx(1.75)
+    assert Sample((7.0,)).quantile(0.99) == 7.0
+    with pytest.raises(ValueError, match="at least one"):
+        Sample(())
+
+
+def test_a_percentile_is_told_only_when_there_are_enough_values() -> None:
+    few, many = Sample((1.0,) * (ENOUGH_FOR_P99 - 1)), Sample((1.0,) * ENOUGH_FOR_P99)
+    assert few.row("x", "ms")["p99"] is None
+    assert many.row("x", "ms", 1e3)["p99"] == 1e3
+
+
+def test_a_ratio_is_taken_within_a_round_not_between_averages() -> None:
+    row = ratio_row("a / b", over=[2.0, 20.0, 200.0], under=[1.0, 10.0, 400.0])
+    assert row["ratio"] == 2.0
+    assert row["min"] == 0.5
+    assert (row["ms"], row["base ms"]) == (20_000.0, 10_000.0)
+    with pytest.raises(ValueError, match="zip"):
+        ratio_row("a / b", [1.0], [1.0, 2.0])
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    row = mean_row("gain", [1.0, 2.0, 3.0])
+    assert row["mean"] == 2.0
+    assert row["sd"] == 1.0
+    assert row["± 95 %"] == pytest.approx(4.302652729911275 / math.sqrt(3))  # t(0.975, 2 degrees of freedom)
+    assert mean_row("gain", [1.0])["± 95 %"] is None
+
+
+def test_works_take_turns_in_equal_blocks() -> None:
+    calls = {"a": 0, "b": 0}
+
+    def work(name: str) -> None:
+        calls[name] += 1
+
+    found = interleaved({"a": lambda: work("a"), "b": lambda: work("b")}, rounds=4)
+    assert {name: len(values) for name, values in found.items()} == {"a": 4, "b": 4}
+    assert calls["a"] == calls["b"]
+
+
+def test_the_report_keeps_what_a_person_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "REPORT.md"
+    table = Table("Some figures", [{"what": "a | b", "n": 3, "ratio": 1.0}], ("a note",))
+    outcome = Outcome(Bench("some", "about it", lambda _: []), 1.0, [table])
+    report.write({"cores": "2"}, [outcome], path)
+    first = path.read_text()
+    assert "| a \\| b | 3 | 1.000 |" in first
+    assert first.rstrip().endswith(report.READING)
+    path.write_text(first + "\nIt is what it is.\n")
+    report.write({"cores": "4"}, [outcome], path)
+    again = path.read_text()
+    assert "| cores | 4 |" in again
+    assert "| cores | 2 |" not in again
+    assert again.endswith(f"{report.READING}\n\nIt is what it is.\n")
