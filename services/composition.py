@@ -77,7 +77,7 @@ async def run(endpoints: Endpoints, names: Sequence[str]) -> None:
         await _expose(platform, stack)
         tasks: list[asyncio.Task[None]] = []
         stack.push_async_callback(_cancel, tasks)
-        server = await _serve(endpoints, services)
+        server = await _serve(platform, services)
         stack.push_async_callback(_drain, platform, server)
         for name, task in _tasks(platform, services):
             tasks.append(asyncio.create_task(supervise(name, task, platform.draining), name=name))
@@ -163,11 +163,12 @@ async def _expose(platform: Platform, stack: contextlib.AsyncExitStack) -> None:
     stack.push_async_callback(asyncio.to_thread, close)
 
 
-async def _serve(endpoints: Endpoints, services: Sequence[Service]) -> RunningServer:
+async def _serve(platform: Platform, services: Sequence[Service]) -> RunningServer:
+    endpoints = platform.endpoints
     host, _, port = endpoints.grpc_listen.rpartition(":")
     served = [each for service in services for each in service.served]
     tls = await asyncio.to_thread(ServerTls.read, endpoints.tls_dir)
-    return await serve(served, host=host.strip("[]"), port=int(port), tls=tls)
+    return await serve(served, host=host.strip("[]"), port=int(port), tls=tls, metrics=platform.metrics)
 
 
 def _tasks(platform: Platform, services: Sequence[Service]) -> list[tuple[str, Task]]:

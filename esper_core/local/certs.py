@@ -23,9 +23,8 @@ from esper_core.errors import Corrupt
 from esper_core.kernel.sign import Role, generate_key, public_pem
 from esper_core.kernel.trust import TrustList, trust_entry
 from esper_core.local.layout import Layout, write_private
+from esper_core.rpc.policy import PRINCIPALS, SERVICES
 
-SERVICES = ("tamiyo", "kasmina", "urza", "tezzeret", "urabrask", "nissa", "oona", "simic", "emrakul", "karn")
-PRINCIPALS = (*SERVICES, "tolaria", "operator")
 SIGNERS: Mapping[str, Role] = {"tezzeret": "build", "urabrask": "validation"}
 
 _CA_LIFE = dt.timedelta(days=3650)
@@ -49,8 +48,8 @@ def provision(layout: Layout, host: str) -> None:
         names = ["localhost", "127.0.0.1", "::1"]
         if host not in _WILDCARDS and host not in names:
             names.append(host)
-        _leaf(layout, "server", SERVICES, names, ExtendedKeyUsageOID.SERVER_AUTH, ca, ca_key)
-        for principal in PRINCIPALS:
+        _leaf(layout, "server", sorted(SERVICES), names, ExtendedKeyUsageOID.SERVER_AUTH, ca, ca_key)
+        for principal in sorted(PRINCIPALS):
             _leaf(layout, principal, (principal,), [], ExtendedKeyUsageOID.CLIENT_AUTH, ca, ca_key)
         _signing_keys(layout.keys)
     except ValueError as error:
