@@ -48,7 +48,7 @@ def provision(layout: Layout, host: str) -> None:
         names = ["localhost", "127.0.0.1", "::1"]
         if host not in _WILDCARDS and host not in names:
             names.append(host)
-        _leaf(layout, "server", sorted(SERVICES), names, ExtendedKeyUsageOID.SERVER_AUTH, ca, ca_key)
+        _leaf(layout, "server", tuple(sorted(SERVICES)), names, ExtendedKeyUsageOID.SERVER_AUTH, ca, ca_key)
         for principal in sorted(PRINCIPALS):
             _leaf(layout, principal, (principal,), [], ExtendedKeyUsageOID.CLIENT_AUTH, ca, ca_key)
         _signing_keys(layout.keys)
