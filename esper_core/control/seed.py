@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from esper_core.lifecycle import State, check
 
 MUTABLE = (
     "generation", "since", "kernel_id", "blueprint_id", "blueprint_name", "command_id", "parameters", "germinated_epoch",
-    "reconstruction", "contribution", "contribution_lower", "rent", "lessons", "folded", "fold_difference",
+    "reconstruction", "contribution", "contribution_lower", "rent", "lessons", "folded", "fold_difference", "band",
 )  # fmt: skip
 """Plain fields that a checkpoint carries over as they are."""
 
@@ -39,6 +40,7 @@ class Seed:
     lessons: int = 0
     folded: bool = False
     fold_difference: float | None = None
+    band: float = math.inf
     embargo_until: int = 0
     barred: set[str] = field(default_factory=set)
 

@@ -53,7 +53,7 @@ def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
     plot, settings = now.plot, now.plot.settings
     lesson = prepare(plot.host, slot, plot.probe, plot.loss_fn)
     kernel = plot.kernel(slot)
-    seed.reconstruction = teach(
+    reconstruction = teach(
         kernel,
         lesson,
         steps=settings.training_steps,
@@ -61,12 +61,13 @@ def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
         batch=settings.training_batch,
         seed=_seed_of(plot.seed, seed.seed_id, now.epoch),
     )
+    seed.reconstruction = reconstruction if math.isfinite(reconstruction) else None
     seed.lessons += 1
     if seed.lessons < settings.training_epochs:
         return None
-    measured = {"reconstruction": seed.reconstruction, "lessons": float(seed.lessons)}
+    measured = {"reconstruction": reconstruction, "lessons": float(seed.lessons)}
     finite = all(bool(parameter.isfinite().all()) for parameter in kernel.parameters())
-    reconstructs = finite and seed.reconstruction > settings.min_reconstruction
+    reconstructs = finite and reconstruction > settings.min_reconstruction
     if reconstructs:
         assert slot.graft is not None  # noqa: S101
         measured["probe_gain"] = amplify(plot.host, slot.graft, kernel, lesson, plot.probe, plot.loss_fn)
@@ -74,11 +75,11 @@ def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
     if not reconstructs:
         if finite and seed.lessons < settings.training_patience:
             return None
-        reason = f"reconstructs {seed.reconstruction:.3f} of the wanted update after {seed.lessons} lessons: not enough"
+        reason = f"reconstructs {reconstruction:.3f} of the wanted update after {seed.lessons} lessons: not enough"
         return seed.advance(State.CULLED, now.epoch, reason, measurements=_finite(measured))
     alpha = _begin_graft(seed, slot, now)
     facts = {"isolated": True, "reconstructs": True, "finite": True, "trained_long_enough": True}
-    reason = f"reconstructs {seed.reconstruction:.3f} of the wanted update"
+    reason = f"reconstructs {reconstruction:.3f} of the wanted update"
     return seed.advance(State.GRAFTING, now.epoch, reason, facts=facts, measurements=_finite(measured), alpha=alpha)
 
 
@@ -96,11 +97,10 @@ def stabilization(seed: Seed, _slot: Slot, now: Boundary) -> SeedEvent | None:
     """Wait until the loss is back inside the band it had before the graft."""
     settings = now.plot.settings
     rested = now.epoch - seed.since
-    band = now.governor.band(settings.settle_sigmas)
     if rested < settings.settle_epochs:
         return None
-    measured = _finite({"train_loss": now.train_loss, "band": band})
-    if now.train_loss <= band:
+    measured = _finite({"train_loss": now.train_loss, "band": seed.band})
+    if now.train_loss <= seed.band:
         return seed.advance(
             State.EVALUATING,
             now.epoch,
@@ -162,12 +162,13 @@ def ramp(progress: float, style: RampStyle) -> float:
     if style is RampStyle.COSINE:
         return 0.5 - 0.5 * math.cos(math.pi * x)
     low, here = _logistic(-6.0), _logistic(12.0 * x - 6.0)
-    return (here - low) / (1 - 2 * low)
+    return min(1.0, (here - low) / (1 - 2 * low))
 
 
 def _begin_graft(seed: Seed, slot: Slot, now: Boundary) -> float:
-    """Keep the way back, blend the kernel in, and take the ramp's first step."""
+    """Keep the way back and the loss to come back to, blend the kernel in, and take the ramp's first step."""
     now.keep_snapshot(seed)
+    seed.band = now.governor.band(now.plot.settings.settle_sigmas)
     now.plot.blend(slot)
     return _raise_alpha(seed, slot, now, 0)
 
@@ -201,7 +202,9 @@ def _judge(seed: Seed, slot: Slot, now: Boundary) -> tuple[Contribution, dict[st
     plot = now.plot
     found = contribution(plot.host, slot.graft, plot.validation, plot.loss_fn)
     rent = plot.settings.rent * seed.parameters / plot.host.parameter_count * max(found.loss, 0.0)
-    seed.contribution, seed.contribution_lower, seed.rent = found.mean, found.lower, rent
+    seed.contribution, seed.contribution_lower, seed.rent = (
+        value if math.isfinite(value) else None for value in (found.mean, found.lower, rent)
+    )
     return found, _finite(
         {"contribution": found.mean, "contribution_lower": found.lower, "rent": rent, "loss": found.loss}
     )

@@ -160,12 +160,11 @@ class Run:
             self.epoch(number)
 
     def until(self, state: State, slot: str, start: int = 0, limit: int = 30) -> int:
-        """Run until the slot's seed is in ``state``; the next epoch's number."""
+        """Run until the slot's seed has come to ``state``; the next epoch's number."""
         for number in range(start, limit):
-            self.epoch(number)
-            if self.seed(slot).state is state:
+            if any(event.slot == slot and event.target is state for event in self.epoch(number).events):
                 return number + 1
-        raise AssertionError(f"{slot} is {self.seed(slot).state.name} after {limit} epochs, never {state.name}")
+        raise AssertionError(f"{slot} never came to {state.name}: {[state.name for state in self.path(slot)]}")
 
     def seed(self, slot: str) -> Seed:
         return next(seed for seed in self.grower.seeds if seed.slot == slot)
