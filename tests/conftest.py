@@ -1,6 +1,7 @@
 """The real servers, once per test session: NATS, PostgreSQL and S3 as `esperctl up` starts them, without the services.
 
-``stack`` gives their endpoints; ``database`` and ``bucket`` give one test an empty corner of its own.
+``stack`` gives their endpoints; ``database`` and ``bucket`` give one test an empty corner of its own. ``platform`` is
+another stack, whole, with its services: for those who look at it from outside and for those who kill it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pytest
 
 from esper_core.config import Endpoints, PlatformConfig
 from esper_core.local import stack as local_stack
+from tests.e2e.living import Living, living
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +31,13 @@ def stack() -> Iterator[Endpoints]:
     finally:
         local_stack.down(config)
         shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def platform() -> Iterator[Living]:
+    """A running platform with everything that `esperctl up` starts."""
+    with living() as platform:
+        yield platform
 
 
 @pytest.fixture
