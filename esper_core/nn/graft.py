@@ -97,19 +97,27 @@ class Graft(nn.Module):
         entering, self._entering = self._entering, None
         if self.muted or entering is None or self.raised >= BREAKER:
             return leaving
+        # A node of its own: what comes back through the kernel can be masked apart from what comes back through the host.
+        read = entering.view_as(entering)
         try:
-            extra = self.kernel(entering)
+            extra = self.kernel(read)
         except Exception as problem:  # noqa: BLE001 - a kernel may raise anything; the host must go on
             return self._refuse(leaving, f"raised {type(problem).__name__}")
         if not isinstance(extra, Tensor) or extra.shape != leaving.shape or extra.dtype != leaving.dtype:
             return self._refuse(leaving, f"gave {getattr(extra, 'shape', type(extra))}, not {tuple(leaving.shape)}")
-        # The verdict stays on the device: asking for it here would stall every step. Masking the gradient as well keeps a
-        # non-finite kernel from reaching the host backwards.
+        # The verdict stays on the device: asking for it here would stall every step.
         finite = torch.isfinite(extra.detach()).all()
         self.faults += ~finite
-        if extra.requires_grad:
-            extra.register_hook(lambda gradient: torch.where(finite, gradient, torch.zeros_like(gradient)))  # type: ignore[no-untyped-call]
-        return leaving + self.alpha * torch.where(finite, extra, torch.zeros_like(extra))
+        usable = finite & (self.faults < BREAKER)
+        if read.requires_grad:
+            read.register_hook(lambda gradient: self._mask(gradient, usable))  # type: ignore[no-untyped-call]
+        return leaving + self.alpha * torch.where(usable, extra, torch.zeros_like(extra))
+
+    def _mask(self, gradient: Tensor, usable: Tensor) -> Tensor:
+        """Nothing that is not finite reaches the host backwards: a zero times a NaN weight is a NaN."""
+        finite = torch.isfinite(gradient).all()
+        self.faults += usable & ~finite
+        return torch.where(finite, gradient, torch.zeros_like(gradient))
 
     def _refuse(self, leaving: Tensor, why: str) -> Tensor:
         self.raised += 1
