@@ -21,7 +21,7 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 from esper_core import log
 from esper_core.bus.envelope import check_belongs
 from esper_core.bus.subjects import MAX_MESSAGE, STREAMS, Stream
-from esper_core.errors import Conflict, EsperError, Exhausted, InvalidInput, NotFound, Unavailable
+from esper_core.errors import Conflict, EsperError, Exhausted, InvalidInput, NotFound, Unauthenticated, Unavailable
 from esper_core.pb.esper.bus.v1.bus_pb2 import EventEnvelope
 
 REQUEST_TIMEOUT = 3.0  # seconds for one exchange with the server
@@ -68,14 +68,16 @@ class Bus:
             timeout: seconds to wait for the first connection; None waits until there is one.
 
         Raises:
-            Unavailable: no server answered in time, or it did not let us in.
+            Unavailable: no server answered in time.
+            Unauthenticated: it did not let us in.
             Conflict: it takes only smaller messages than the bus needs.
         """
         client = Client()
-        last: list[Exception] = []
+        refused = asyncio.Event()
 
         async def on_error(error: Exception) -> None:
-            last[:] = [error]
+            if "authorization violation" in str(error).lower():
+                refused.set()
             _log.warning("bus.error", connection=name, error=str(error) or type(error).__name__)
 
         async def on_disconnect() -> None:
@@ -100,15 +102,25 @@ class Bus:
             disconnected_cb=on_disconnect,
             reconnected_cb=on_reconnect,
         )
+        dialling, refusal = asyncio.ensure_future(dial), asyncio.ensure_future(refused.wait())
         try:
-            await asyncio.wait_for(dial, timeout)
-        except TimeoutError:
-            await client.close()
-            why = f": {last[0]}" if last and str(last[0]) else ""
+            await asyncio.wait((dialling, refusal), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            refusal.cancel()
+            if not dialling.done():
+                dialling.cancel()
+                await client.close()
+        if refused.is_set():
+            raise Unauthenticated(
+                f"the event bus at {url} does not know user {user!r} or the password",
+                hint="check the credentials; `esperctl up` generates those of the laptop's own server",
+            )
+        if dialling.cancelled() or not dialling.done():
             raise Unavailable(
-                f"the event bus at {url} did not answer within {timeout:g} s{why}",
+                f"the event bus at {url} did not answer within {timeout:g} s",
                 hint="`esperctl status` says what runs; `esperctl up` starts it",
-            ) from None
+            )
+        dialling.result()
         if client.max_payload < SERVER_PAYLOAD:
             await client.close()
             raise Conflict(
