@@ -59,7 +59,7 @@ def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
         steps=settings.training_steps,
         learning_rate=settings.training_learning_rate,
         batch=settings.training_batch,
-        seed=_seed_of(plot.seed, seed.seed_id, now.epoch),
+        seed=_seed_of(plot.seed, f"{seed.slot}/{seed.generation}", now.epoch),
     )
     seed.reconstruction = reconstruction if math.isfinite(reconstruction) else None
     seed.lessons += 1
@@ -219,5 +219,6 @@ def _finite(measurements: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in measurements.items() if math.isfinite(value)}
 
 
-def _seed_of(seed: int, seed_id: str, epoch: int) -> int:
-    return int(sha256(f"{seed}/{seed_id}/{epoch}".encode())[:12], 16)
+def _seed_of(seed: int, who: str, epoch: int) -> int:
+    """Equal for equal runs, whatever they are called."""
+    return int(sha256(f"{seed}/{who}/{epoch}".encode())[:12], 16)

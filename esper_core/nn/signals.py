@@ -112,8 +112,9 @@ class Sums:
 
 @dataclass
 class Tally:
-    """Sums per fold and the mean loss, for one slot."""
+    """Sums per fold and the losses, for one slot; ``positions`` is the rows that one sample has (tokens, pixels; 1 for features)."""
 
+    positions: float = 1.0
     folds: list[Sums | None] = field(default_factory=lambda: [None] * FOLDS)
     losses: list[float] = field(default_factory=list)
 
@@ -159,7 +160,9 @@ def measure(
         for slot in places:
             sight, interface = sights[slot.name], slot.interface
             units[slot.name].add(sight.inner, sight.descent, interface.layout)
-            tallies[slot.name].add_batch(number, _rows(sight, interface), loss)
+            rows = _rows(sight, interface)
+            tallies[slot.name].positions = len(rows[0]) / len(sight.entering)
+            tallies[slot.name].add_batch(number, _thinned(rows, len(sight.entering)), loss)
     if any(not tally.losses for tally in tallies.values()):
         raise InvalidInput(
             "the probe has no batches", hint="pass a list of (inputs, targets), 1024 samples or more in all"
@@ -171,12 +174,15 @@ def measure(
 
 
 def _rows(sight: Sight, interface: SlotInterface) -> tuple[Tensor, Tensor, Tensor]:
-    rows = (
+    return (
         entering_rows(sight.entering, interface),
         inner_rows(sight.inner, interface),
         leaving_rows(sight.descent, interface),
     )
-    every = max(1, math.ceil(len(rows[0]) / max(MAX_ROWS, len(sight.entering))))
+
+
+def _thinned(rows: tuple[Tensor, Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    every = max(1, math.ceil(len(rows[0]) / max(MAX_ROWS, samples)))
     return rows[0][::every], rows[1][::every], rows[2][::every]
 
 
@@ -184,19 +190,24 @@ def conclude(tally: Tally, unit_parameters: int, thresholds: Thresholds) -> Evid
     """Turn sums into evidence; its confidence is Φ(log need / standard error), the error from a delete-one jackknife."""
     folds, total = tally.filled, tally.total()
     loss = sum(tally.losses) / len(tally.losses)
-    evidence = _figures(total, loss, unit_parameters)
-    parts = [_figures(total - fold, loss, unit_parameters).need(thresholds) for fold in folds] if len(folds) > 1 else []
+
+    def figures(sums: Sums) -> Evidence:
+        return _figures(sums, tally.positions, loss, unit_parameters)
+
+    evidence = figures(total)
+    parts = [figures(total - fold).need(thresholds) for fold in folds] if len(folds) > 1 else []
     return replace(evidence, confidence=_confidence(evidence.need(thresholds), parts))
 
 
-def _figures(sums: Sums, loss: float, unit_parameters: int) -> Evidence:
+def _figures(sums: Sums, positions: float, loss: float, unit_parameters: int) -> Evidence:
+    """A unit acts at every position of a sample, so what it gains per sample is its gain per row times the positions."""
     n = sums.rows
     residual = (sums.hg - sums.hi @ sums.sink_weights()) / n  # N, (d, m)
     whitened = _inverse_root(sums.hh / n) @ residual
-    spectrum = torch.linalg.svdvals(whitened).square()
+    spectrum = torch.linalg.svdvals(whitened).square() * positions
     gain = float(spectrum.sum())
-    own = float((_inverse_root(sums.ii / n) @ (sums.ig / n)).square().sum())
-    squared = float(torch.trace(sums.gg)) / n
+    own = float((_inverse_root(sums.ii / n) @ (sums.ig / n)).square().sum()) * positions
+    squared = float(torch.trace(sums.gg)) / n * positions
     return Evidence(
         gain=gain,
         gain_relative=gain / squared if squared > 0 else 0.0,
