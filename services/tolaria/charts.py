@@ -27,10 +27,10 @@ STATES = {
     State.ROLLED_BACK: "#82071e",
 }
 _LAYOUT: dict[str, Any] = {
-    "margin": {"l": 70, "r": 20, "t": 50, "b": 45},
+    "margin": {"l": 70, "r": 20, "t": 50, "b": 90},
     "height": 340,
     "font": {"family": "system-ui, sans-serif"},
-    "legend": {"orientation": "h", "y": -0.2},
+    "legend": {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom"},
 }
 
 
@@ -76,10 +76,34 @@ def lanes(boundaries: Sequence[Boundary]) -> dict[str, Any]:
         for state in State
         if state in bars
     ]
-    chart = _chart(data, "The seeds' lives", "")
-    chart["layout"].update(barmode="overlay", height=170 + 36 * len(slots), bargap=0.35)
+    chart = _chart(data + _ends(boundaries), "The seeds' lives", "")
+    chart["layout"].update(barmode="overlay", height=190 + 36 * len(slots), bargap=0.35)
     chart["layout"]["yaxis"].update(automargin=True, type="category")
     return chart
+
+
+def _ends(boundaries: Sequence[Boundary]) -> list[dict[str, Any]]:
+    """A mark where a graft ended: a folded one leaves its lane at once to the slot's next seed."""
+    marks = {State.FOSSILIZED: "star", State.CULLED: "x", State.ROLLED_BACK: "triangle-down"}
+    found = [
+        (event.target, event.slot, boundary.figures.epoch + 1, event.reason)
+        for boundary in boundaries
+        for event in boundary.events
+        if event.target in marks
+    ]
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": f"{state.name} here",
+            "marker": {"symbol": symbol, "size": 15, "color": STATES[state], "line": {"width": 1, "color": "white"}},
+            "y": [slot for target, slot, _, _ in found if target is state],
+            "x": [epoch for target, _, epoch, _ in found if target is state],
+            "text": [reason for target, _, _, reason in found if target is state],
+        }
+        for state, symbol in marks.items()
+        if any(target is state for target, *_ in found)
+    ]
 
 
 def per_slot(boundaries: Sequence[Boundary], what: str, title: str) -> dict[str, Any]:

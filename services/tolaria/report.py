@@ -194,7 +194,7 @@ def _decisions(boundaries: Iterable[Boundary]) -> list[tuple[str, ...]]:
             rows.append(
                 (
                     str(boundary.figures.epoch + 1),
-                    boundary.signal.policy_version,
+                    boundary.signal.policy_version[:16],
                     f"{action.command.target.name} {action.command.slot}",
                     f"{action.confidence:.2f}",
                     reasons,
