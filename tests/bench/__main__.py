@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, default=8, metavar="N", help="seeds of the demo (default: 8)")
     made.add_argument("--platform", action="store_true", help="seeds: also through the platform, service by service")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
-    made.add_argument("--report", action="store_true", help=f"also write {report.PATH.name}, keeping its reading")
+    made.add_argument(
+        "--report", action="store_true", help=f"also write {report.PATH.name}, other benches' sections kept"
+    )
     return made
 
 
@@ -50,13 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds < 1:
         print(f"error: --seeds {options.seeds} trains nothing\nhint: 1 or more", file=sys.stderr)
         return 2
-    began = machine()
+    facts = {**machine(), "mode": "quick" if options.quick else "full"}
+    out = Console() if sys.stdout.isatty() else Console(width=170)
+    report.show_machine(out, facts)
+    outcomes = []
     with Ground() as ground:
         pace = Pace(options.quick, options.seeds, options.platform, ground)
-        outcomes = [outcome for name in options.names or USUAL for outcome in _run(bench(name), pace)]
-    facts = {**began, "load after": load(), "mode": "quick" if options.quick else "full"}
-    out = Console() if sys.stdout.isatty() else Console(width=170)
-    report.show(out, facts, outcomes)
+        for name in options.names or USUAL:
+            outcomes.append(_run(bench(name), pace))
+            report.show(out, outcomes[-1])
+    facts["load"] = f"{facts['load']} before and {load()} after"
     if options.json:
         options.json.write_text(json.dumps(report.plain(facts, outcomes), indent=1) + "\n", encoding="utf-8")
     if options.report:
@@ -64,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if any(outcome.failed for outcome in outcomes) else 0
 
 
-def _run(wanted: Bench, pace: Pace) -> Iterator[Outcome]:
+def _run(wanted: Bench, pace: Pace) -> Outcome:
     """Run one bench; what goes wrong in it is said and does not keep the others from running."""
     print(f"{wanted.name}: {wanted.about}", file=sys.stderr, flush=True)
     began = time.perf_counter()
@@ -76,7 +81,7 @@ def _run(wanted: Bench, pace: Pace) -> Iterator[Outcome]:
         traceback.print_exc()
         outcome.failed = f"{type(error).__name__}: {error}"
     outcome.seconds = time.perf_counter() - began
-    yield outcome
+    return outcome
 
 
 @contextlib.contextmanager

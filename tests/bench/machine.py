@@ -18,14 +18,19 @@ def machine() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "revision": _revision(),
         "processor": _processor(),
-        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()}",
+        "cores": f"{cores()} cores",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "grpcio": version("grpcio"),
+        "python": f"Python {platform.python_version()}",
+        "torch": f"torch {version('torch')}",
+        "grpcio": f"grpcio {version('grpcio')}",
         "load": load(),
     }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load() -> str:

@@ -1,26 +1,33 @@
 """Tables for the terminal, for programs, and for REPORT.md.
 
-REPORT.md is machine, tables and date of one run, followed by a reading that a person writes: everything from the line
-``## Reading`` on is kept when the tables are written anew, and says which run it is about.
+REPORT.md has one section per bench, each with its date and revision, and a reading that a person writes. Measuring some
+benches again replaces their sections and leaves the others and the reading alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from tests.bench.bench import Outcome
+from tests.bench.registry import ABOUT
 
 PATH = Path(__file__).with_name("REPORT.md")
-READING = "## Reading"
+READING = "Reading"
+ORDER = tuple(ABOUT)
+MACHINE = ("processor", "cores", "memory", "system", "python", "torch", "grpcio")
 HEAD = """# What it costs and what it brings
 
-Written by `python -m tests.bench --report`. Ratios come from runs side by side, block by block in turn, within one
-process and one minute; absolute times are this machine's and this hour's.
+Written by `python -m tests.bench --report`; the last section by a person. Ratios come from runs side by side, block by
+block in turn, within one process; absolute times are this machine's and that hour's. "load" is how many processes wanted
+to run in the last 1, 5 and 15 minutes, ours among them.
+
+Machine: {machine}.
 """
+Facts = Mapping[str, str]
 
 
 def shown(value: object) -> str:
@@ -36,29 +43,32 @@ def shown(value: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.2g}"
 
 
-def show(out: Console, facts: dict[str, str], outcomes: Sequence[Outcome]) -> None:
-    """Print every table."""
+def show_machine(out: Console, facts: Facts) -> None:
+    """Print what it is measured on."""
     out.print(" · ".join(f"{name} {value}" for name, value in facts.items()), style="dim", highlight=False)
-    for outcome in outcomes:
-        out.print(f"\n[bold]{outcome.bench.name}[/] [dim]{outcome.seconds:.0f} s[/]", highlight=False)
-        if outcome.failed:
-            out.print(f"  could not be run: {outcome.failed}", style="red", markup=False, highlight=False)
-        for table in outcome.tables:
-            columns = _columns(table.rows)
-            drawn = RichTable(title=table.title, title_justify="left", header_style="dim", box=None, padding=(0, 2))
-            for column in columns:
-                drawn.add_column(column, justify="left" if column in ("what", "unit", "run") else "right")
-            for row in table.rows:
-                drawn.add_row(*(shown(row.get(column)) for column in columns))
-            out.print(drawn)
-            for note in table.notes:
-                out.print(f"  {note}", style="dim", markup=False, highlight=False)
 
 
-def plain(facts: dict[str, str], outcomes: Sequence[Outcome]) -> dict[str, object]:
+def show(out: Console, outcome: Outcome) -> None:
+    """Print a bench's tables, or why there are none."""
+    out.print(f"\n[bold]{outcome.bench.name}[/] [dim]{outcome.seconds:.0f} s[/]", highlight=False)
+    if outcome.failed:
+        out.print(f"  could not be run: {outcome.failed}", style="red", markup=False, highlight=False)
+    for table in outcome.tables:
+        columns = _columns(table.rows)
+        drawn = RichTable(title=table.title, title_justify="left", header_style="dim", box=None, padding=(0, 2))
+        for column in columns:
+            drawn.add_column(column, justify="left" if column in ("what", "unit") else "right")
+        for row in table.rows:
+            drawn.add_row(*(shown(row.get(column)) for column in columns))
+        out.print(drawn)
+        for note in table.notes:
+            out.print(f"  {note}", style="dim", markup=False, highlight=False)
+
+
+def plain(facts: Facts, outcomes: Sequence[Outcome]) -> dict[str, object]:
     """Everything as plain values."""
     return {
-        "machine": facts,
+        "machine": dict(facts),
         "benches": [
             {
                 "name": outcome.bench.name,
@@ -71,23 +81,31 @@ def plain(facts: dict[str, str], outcomes: Sequence[Outcome]) -> dict[str, objec
     }
 
 
-def write(facts: dict[str, str], outcomes: Sequence[Outcome], path: Path = PATH) -> None:
-    """Write the report, and keep the reading that is there."""
-    parts = [HEAD, "| machine | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in facts.items())]
-    for outcome in outcomes:
-        parts.append(f"## {outcome.bench.name}\n\n{outcome.bench.about} ({outcome.seconds:.0f} s)\n")
-        if outcome.failed:
-            parts.append(f"Could not be run: {outcome.failed}\n")
-        parts += [_markdown(table.title, table.rows, table.notes) for table in outcome.tables]
-    parts.append(reading(path))
-    path.write_text("\n".join(parts), encoding="utf-8")
+def write(facts: Facts, outcomes: Sequence[Outcome], path: Path = PATH) -> None:
+    """Write the sections of these benches; those of other benches, and the reading, stay as they are."""
+    sections = _sections(path.read_text(encoding="utf-8") if path.exists() else "")
+    reading = sections.pop(READING, f"## {READING}\n")
+    sections |= {outcome.bench.name: _section(facts, outcome) for outcome in outcomes}
+    machine = ", ".join(facts[name] for name in MACHINE if name in facts)
+    kept = [sections[name] for name in ORDER if name in sections]
+    path.write_text("\n".join([HEAD.format(machine=machine), *kept, reading]), encoding="utf-8")
 
 
-def reading(path: Path) -> str:
-    """What a person wrote below the tables, with its heading; only the heading when there is nothing yet."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    place = text.find(f"\n{READING}")
-    return text[place + 1 :] if place >= 0 else f"{READING}\n"
+def _sections(text: str) -> dict[str, str]:
+    """The report's parts by their headings, headings included."""
+    parts = text.split("\n## ")[1:]
+    return {part.splitlines()[0]: f"## {part.rstrip()}\n" for part in parts}
+
+
+def _section(facts: Facts, outcome: Outcome) -> str:
+    when = ", ".join(f"{name} {facts[name]}" for name in ("date", "revision", "mode", "load") if name in facts)
+    parts = [
+        f"## {outcome.bench.name}\n",
+        f"{outcome.bench.about[0].upper()}{outcome.bench.about[1:]}. Took {outcome.seconds:.0f} s; {when}.\n",
+    ]
+    if outcome.failed:
+        parts.append(f"Could not be run: {outcome.failed}\n")
+    return "\n".join([*parts, *(_markdown(table.title, table.rows, table.notes) for table in outcome.tables)])
 
 
 def _columns(rows: Sequence[dict[str, object]]) -> list[str]:

@@ -60,14 +60,18 @@ def test_works_take_turns_in_equal_blocks() -> None:
 def test_the_report_keeps_what_a_person_wrote(tmp_path: Path) -> None:
     path = tmp_path / "REPORT.md"
     table = Table("Some figures", [{"what": "a | b", "n": 3, "ratio": 1.0}], ("a note",))
-    outcome = Outcome(Bench("some", "about it", lambda _: []), 1.0, [table])
-    report.write({"cores": "2"}, [outcome], path)
+    outcome = Outcome(Bench("dormant", "about it", lambda _: []), 1.0, [table])
+    report.write({"cores": "2 cores", "date": "today"}, [outcome], path)
     first = path.read_text()
     assert "| a \\| b | 3 | 1.000 |" in first
-    assert first.rstrip().endswith(report.READING)
+    assert first.rstrip().endswith(f"## {report.READING}")
     path.write_text(first + "\nIt is what it is.\n")
-    report.write({"cores": "4"}, [outcome], path)
+    other = Outcome(Bench("stack", "about another", lambda _: []), 1.0, failed="no reason")
+    report.write({"cores": "4 cores", "date": "tomorrow"}, [other], path)
     again = path.read_text()
-    assert "| cores | 4 |" in again
-    assert "| cores | 2 |" not in again
-    assert again.endswith(f"{report.READING}\n\nIt is what it is.\n")
+    assert "Machine: 4 cores." in again
+    assert "date today" in again
+    assert again.index("About it") < again.index("no reason") < again.index("It is what it is.")
+    report.write({"cores": "4 cores", "date": "tomorrow"}, [outcome], path)
+    assert "date today" not in path.read_text()
+    assert path.read_text().count("It is what it is.") == 1

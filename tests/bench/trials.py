@@ -6,7 +6,6 @@ the machine is.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from services.tolaria.result import RunResult
 from tests.bench.figures import Row, mean_row
 from tests.bench.ground import folder, python_environment
+from tests.bench.machine import cores
 
 PATIENCE = 1200.0
 
@@ -54,7 +54,7 @@ def train(trials: Sequence[Trial], per_process: int) -> dict[str, list[RunResult
         RuntimeError: a run failed; with its last words.
     """
     pieces = [piece for trial in trials for piece in trial.parts(per_process)]
-    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         done = list(pool.map(_trained, pieces))
     found: dict[str, list[RunResult]] = {trial.name: [] for trial in trials}
     for piece, results in zip(pieces, done, strict=True):
