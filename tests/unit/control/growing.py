@@ -29,7 +29,7 @@ QUICK = GrowthSettings(
     loading_epochs=3,
     training_epochs=2,
     training_patience=3,
-    training_steps=10,
+    training_steps=60,
     training_batch=32,
     min_reconstruction=-1e9,
     ramp_epochs=2,
@@ -173,3 +173,11 @@ class Run:
         """States that the slot's seeds went through, the first one included."""
         events = [event for event in self.events if event.slot == slot]
         return [events[0].source, *(event.target for event in events)] if events else []
+
+
+def blended(target: State = State.GRAFTING, slot: str = "2:4", **options: Any) -> tuple[Run, int]:
+    """A run whose seed has just come to ``target``, and the next epoch."""
+    run = Run(seed=1, **options)
+    run.epochs(0, 6)
+    germinate(run.grower, slot)
+    return run, run.until(target, slot, 6)

@@ -1,4 +1,4 @@
-"""Four families of small hosts with data, and hosts wrapped without tracing the same architecture twice."""
+"""Families of small hosts with data, and hosts wrapped without tracing the same architecture twice."""
 
 from __future__ import annotations
 
@@ -95,6 +95,7 @@ class Family:
 
 FAMILIES = {
     "mlp": Family(lambda: perceptron(6, 8, 2, 8, CLASSES), (6,)),
+    "tanh": Family(lambda: perceptron(6, 8, 2, 8, CLASSES, activation=nn.Tanh), (6,)),
     "cnn": Family(convolutional, (2, 6, 6)),
     "resnet": Family(ResNet, (2, 6, 6)),
     "transformer": Family(Transformer, (5, 6)),
@@ -149,6 +150,21 @@ def planted(slot: Slot, blueprint: str, seed: int = 3, **symbols: int) -> Kernel
         for parameter in kernel.parameters():
             parameter.uniform_(-0.4, 0.4, generator=generator)
     slot.bind(kernel)
+    return kernel
+
+
+def moved(slot: Slot, units: int) -> KernelModule:
+    """The slot's first units moved out of the host into a kernel: at alpha 1 the network is what it was, without it much is lost."""
+    kernel = planted(slot, "bottleneck_mlp", width=units)
+    assert slot.layers is not None
+    source, sink = slot.layers
+    own = dict(kernel.named_parameters())
+    with torch.no_grad():
+        own["A.weight"].copy_(source.weight[:units])
+        own["A.bias"].copy_(source.bias[:units])  # type: ignore[index]
+        own["B.weight"].copy_(sink.weight[:, :units])
+        own["B.bias"].zero_()
+        sink.weight[:, :units] = 0
     return kernel
 
 
