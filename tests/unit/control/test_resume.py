@@ -89,6 +89,7 @@ def told(events: list[SeedEvent]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("name", STORIES)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    """From every cut a few epochs are lived again; their end is a whole state, so what follows it is the same too."""
     story = STORIES[name]
     whole = story.run()
     states = []
@@ -96,45 +97,41 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
         states.append(whole.grower.state_dict())
         checkpoint.save(tmp_path / str(epoch), states[-1])
         story.live(whole, epoch)
+    states.append(whole.grower.state_dict())
     assert set(story.visits) <= {event.target for event in whole.events}
-    last = story.run()
-    cuts = [event.epoch + 1 for event in whole.events if event.epoch + 1 < story.epochs]
-    between = [cut + 1 for cut in cuts if cut + 1 < story.epochs]
-    for cut in sorted({*cuts, *between}):
+    cuts = [event.epoch + 1 for event in whole.events]
+    for cut in sorted({*cuts, *(cut + 1 for cut in cuts)} & set(range(story.epochs))):
         saved = checkpoint.load(tmp_path / str(cut))
         assert equal(saved, states[cut]), "the state taken at the cut changed while the run went on"
-        last = story.run()
-        last.grower.load_state_dict(saved)
-        for epoch in range(cut, story.epochs):
-            story.live(last, epoch)
-        assert told(last.events) == told([event for event in whole.events if event.epoch >= cut]), cut
-        assert without_ids(last.grower.state_dict()) == without_ids(whole.grower.state_dict()), cut
-        assert equal(last.grower.state_dict()["plot"], whole.grower.state_dict()["plot"]), cut
-        assert equal(last.grower.state_dict()["grafts"], whole.grower.state_dict()["grafts"]), cut
-    plain, report = whole.grower.finish()
-    its_plain, its_report = last.grower.finish()
+        end = min(cut + 3, story.epochs)
+        again = story.run()
+        again.grower.load_state_dict(saved)
+        for epoch in range(cut, end):
+            story.live(again, epoch)
+        assert told(again.events) == told([event for event in whole.events if cut <= event.epoch < end]), cut
+        assert equal(without_ids(again.grower.state_dict()), without_ids(states[end])), cut
+
+
+def test_a_resumed_run_ends_alike() -> None:
+    story = STORIES["a whole life"]
+    whole, again = story.run(), story.run()
+    for epoch in range(story.epochs):
+        if epoch == 12:
+            again.grower.load_state_dict(whole.grower.state_dict())
+        for run in (whole, again) if epoch >= 12 else (whole,):
+            story.live(run, epoch)
+    (plain, report), (its_plain, its_report) = whole.grower.finish(), again.grower.finish()
     assert equal(dict(plain.state_dict()), dict(its_plain.state_dict()))
-    assert (report.fossilized, report.culled, report.added_parameters, report.folded_max_abs_diff) == (
-        its_report.fossilized,
-        its_report.culled,
-        its_report.added_parameters,
-        its_report.folded_max_abs_diff,
-    )
+    assert report.fossilized == its_report.fossilized == 1
+    assert report.added_parameters == its_report.added_parameters > 0
+    assert report.folded_max_abs_diff == its_report.folded_max_abs_diff
 
 
 def without_ids(state: dict[str, Any]) -> dict[str, Any]:
-    """The bookkeeping, without tensors and without ids that are new in every process."""
-    kept = {
-        key: value for key, value in state.items() if key not in ("plot", "grafts", "snapshots", "applied", "reports")
-    }
+    """The state, without ids that are new in every process."""
     seeds = {slot: {k: v for k, v in seed.items() if k != "command_id"} for slot, seed in state["seeds"].items()}
     reports = [{k: v for k, v in r.items() if k not in ("report_id", "command_id")} for r in state["reports"]]
-    return kept | {
-        "seeds": seeds,
-        "reports": reports,
-        "applied": len(state["applied"]),
-        "snapshots": [*state["snapshots"]],
-    }
+    return state | {"seeds": seeds, "reports": reports, "applied": len(state["applied"])}
 
 
 def test_an_order_that_waits_survives(tmp_path: Path) -> None:
