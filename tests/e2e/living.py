@@ -26,6 +26,7 @@ import yaml
 from esper_core.bus.envelope import Event, unwrap
 from esper_core.bus.framing import decode
 from esper_core.config import Endpoints, PlatformConfig
+from esper_core.lifecycle import State
 from esper_core.local import stack as local_stack
 from esper_core.local.services import import_path
 
@@ -180,6 +181,23 @@ class Living:
             return self.status().healthy
 
         await until(healthy, seconds)
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A finished run: what it printed, and the story of the seed that was kept, as `esperctl seed show` tells it."""
+
+    training: Training
+    figures: dict[str, Any]
+    seed: dict[str, Any]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        story: list[dict[str, Any]] = self.seed["history"]
+        return story
+
+    def epoch_of(self, state: State) -> int:
+        return next(int(event["epoch"]) for event in self.history if event["target"] == state.name)
 
 
 @contextlib.contextmanager
