@@ -97,6 +97,6 @@ class _Eyes:
             # A wholly frozen prefix gives an output without a gradient; the probe needs one all the same.
             z = output if output.requires_grad else output.detach().requires_grad_()
             self.leaving[name] = z
-            return z
+            return z.clone()  # an activation in place would overwrite it, and its gradient with it
 
         return hook

@@ -182,7 +182,10 @@ def _rows(sight: Sight, interface: SlotInterface) -> tuple[Tensor, Tensor, Tenso
 
 
 def _thinned(rows: tuple[Tensor, Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Every k-th row, k without a factor in common with the positions, or each sample would show the same few of them."""
     every = max(1, math.ceil(len(rows[0]) / max(MAX_ROWS, samples)))
+    while every > 1 and math.gcd(every, len(rows[0]) // samples) > 1:
+        every += 1
     return rows[0][::every], rows[1][::every], rows[2][::every]
 
 

@@ -1,0 +1,395 @@
+"""The growth signal against the formulas written out by hand, row by row, and what must leave it unmoved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from esper_core.control.survey import health_of, score
+from esper_core.errors import InvalidInput
+from esper_core.nn.host import Host, wrap
+from esper_core.nn.signals import FOLDS, MAX_ROWS, Evidence, Reading, Thresholds, measure
+from tests.unit.nn.hosts import CLASSES, LOSS, batches, copied, make, perceptron, train, wrapped, wrapped_perceptron
+
+Rows = NDArray[np.float64]
+LIMITS = Thresholds()
+EPSILON = 1e-6
+
+
+@dataclass
+class Figures:
+    """What the formulas give."""
+
+    gain: float
+    share: float
+    score: float
+    gain_relative: float
+    gain_of_loss: float
+    spectrum: list[float]
+
+
+def inverse_root(moment: Rows) -> Rows:
+    """S^-½, directions without energy left out."""
+    values, vectors = np.linalg.eigh(moment)
+    total = np.zeros_like(moment)
+    for value, vector in zip(values, vectors.T, strict=True):
+        if value > EPSILON * values[-1]:
+            total += np.outer(vector, vector) / math.sqrt(value)
+    return total
+
+
+def formulas(h0: Rows, h: Rows, g: Rows, loss: float, positions: int) -> Figures:
+    """3-growth §2 on rows: what enters the span, what the sink reads, −∂L/∂z; a unit acts at every position of a sample."""
+    n = len(h0)
+    h1 = np.hstack([h, np.ones((n, 1))])
+    moment = h1.T @ h1
+    weights = np.linalg.solve(moment + EPSILON * np.trace(moment) / len(moment) * np.eye(len(moment)), h1.T @ g)
+    orthogonal = g - h1 @ weights
+    cross = np.zeros((h0.shape[1], g.shape[1]))
+    for entering, wanted in zip(h0, orthogonal, strict=True):
+        cross += np.outer(entering, wanted) / n
+    whitened = inverse_root(h0.T @ h0 / n) @ cross
+    spectrum = np.linalg.svd(whitened, compute_uv=False) ** 2 * positions
+    own = np.sum((inverse_root(moment / n) @ (h1.T @ g / n)) ** 2) * positions
+    natural = np.linalg.svd(whitened @ inverse_root(g.T @ g / n), compute_uv=False) ** 2
+    gain = spectrum.sum()
+    power = np.mean(np.sum(g**2, axis=1)) * positions
+    return Figures(gain, gain / (gain + own), natural.sum(), gain / power, gain / abs(loss), spectrum.tolist())
+
+
+@dataclass
+class Sight:
+    """Rows of one batch at one span, and its loss."""
+
+    entering: Rows
+    inner: Rows
+    descent: Rows
+    loss: float
+
+
+def sights(model: nn.Sequential, source: int, sink: int, data: Sequence[tuple[Tensor, Tensor]]) -> list[Sight]:
+    """The same figures as the probe's, by running the layers one after the other."""
+    found = []
+    model.eval()
+    for inputs, targets in data:
+        value, tensors = inputs, {}
+        for index, layer in enumerate(model):
+            tensors[index] = value
+            value = layer(value)
+            if index == sink:
+                value = value.detach().requires_grad_()
+                leaving = value
+        loss = LOSS(value if value.ndim == 2 else value.mean(1), targets)
+        (gradient,) = torch.autograd.grad(loss, leaving)
+        convs = (model[source], model[sink])
+        entering, inner, descent = tensors[source].detach(), tensors[sink].detach(), -gradient * len(targets)
+        if isinstance(convs[1], nn.Conv2d):
+            first, last = cast(tuple[nn.Conv2d, nn.Conv2d], convs)
+            grid = descent.shape[2:]
+            both = (first.stride[0] * last.stride[0], first.stride[1] * last.stride[1])
+            rows = (patches(entering, first, both, grid), patches(inner, last, last.stride, grid))
+            rows = (*rows, descent.permute(0, 2, 3, 1).reshape(-1, descent.shape[1]).numpy())
+        else:
+            rows = tuple(t.reshape(-1, t.shape[-1]).numpy() for t in (entering, inner, descent))
+        found.append(Sight(*rows, loss=loss.item()))
+    return found
+
+
+def patches(maps: Tensor, conv: nn.Conv2d, stride: tuple[int, ...], grid: Sequence[int]) -> Rows:
+    """What a convolution's window sees at each position of ``grid``; zero outside the image."""
+    rows = []
+    padding = cast(tuple[int, int], conv.padding)
+    for image in maps.numpy():
+        for top in range(grid[0]):
+            for left in range(grid[1]):
+                row = []
+                for channel in image:
+                    for i in range(conv.kernel_size[0]):
+                        for j in range(conv.kernel_size[1]):
+                            y = top * stride[0] - padding[0] + i * conv.dilation[0]
+                            x = left * stride[1] - padding[1] + j * conv.dilation[1]
+                            inside = 0 <= y < channel.shape[0] and 0 <= x < channel.shape[1]
+                            row.append(channel[y, x] if inside else 0.0)
+                rows.append(row)
+    return np.array(rows)
+
+
+def oracle(found: Sequence[Sight], positions: int) -> tuple[Figures, float]:
+    """(figures of all rows, confidence by a delete-one jackknife over the folds)."""
+    mean = sum(sight.loss for sight in found) / len(found)
+    folds: list[list[tuple[Rows, Rows, Rows]]] = [[] for _ in range(FOLDS)]
+    for number, sight in enumerate(found):
+        parts = [np.array_split(rows, FOLDS) for rows in (sight.entering, sight.inner, sight.descent)]
+        for offset in range(FOLDS):
+            folds[(number + offset) % FOLDS].append((parts[0][offset], parts[1][offset], parts[2][offset]))
+
+    def of(kept: list[list[tuple[Rows, Rows, Rows]]]) -> Figures:
+        pieces = [piece for fold in kept for piece in fold]
+        h0, h, g = (np.vstack([piece[k] for piece in pieces]) for k in range(3))
+        return formulas(h0, h, g, mean, positions)
+
+    whole = of(folds)
+    logs = [math.log(need(of(folds[:k] + folds[k + 1 :]))) for k in range(FOLDS)]
+    centre = sum(logs) / FOLDS
+    error = math.sqrt((FOLDS - 1) / FOLDS * sum((value - centre) ** 2 for value in logs))
+    return whole, 0.5 * (1 + math.erf(math.log(need(whole)) / error / math.sqrt(2)))
+
+
+def need(figures: Figures) -> float:
+    return min(figures.share / 0.5, figures.gain_of_loss / 0.005)
+
+
+class Pooled(nn.Module):
+    """A sequence whose token outputs are averaged."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).mean(1)
+
+
+def check(found: Evidence, wanted: Figures, confidence: float) -> None:
+    for name in ("gain", "share", "score", "gain_relative", "gain_of_loss"):
+        assert getattr(found, name) == pytest.approx(getattr(wanted, name), rel=1e-6), name
+    assert found.spectrum == pytest.approx(wanted.spectrum, rel=1e-6, abs=1e-12)
+    assert found.confidence == pytest.approx(confidence, abs=1e-6)
+
+
+def double(data: list[Any]) -> list[tuple[Tensor, Tensor]]:
+    return [(inputs.double(), targets) for inputs, targets in data]
+
+
+def test_features_match_the_formulas() -> None:
+    model = cast(nn.Sequential, make("mlp").double())
+    host = wrapped("mlp", model)
+    data = double(batches("mlp", 3, size=70))
+    found = measure(host, host.slots.values(), data, LOSS, LIMITS)
+    for name, reading in found.items():
+        source, sink = (int(path) for path in name.split(":"))
+        check(reading.evidence, *oracle(sights(model, source, sink, data), positions=1))
+        assert reading.evidence.samples == 210
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 3, padding=1)),
+        (nn.Conv2d(2, 3, 3, stride=2, padding=1), nn.Conv2d(3, 2, 3, padding=1)),
+        (nn.Conv2d(2, 3, (3, 2), padding=(1, 0)), nn.Conv2d(3, 2, 3, stride=2)),
+        (nn.Conv2d(2, 3, 3, padding=2, dilation=2), nn.Conv2d(3, 2, 1, stride=(2, 1))),
+    ],
+)
+def test_images_match_the_formulas(first: nn.Conv2d, second: nn.Conv2d) -> None:
+    torch.manual_seed(3)
+    layers = nn.Sequential(copied(first), nn.ReLU(), copied(second), nn.ReLU(), nn.Flatten(), nn.LazyLinear(CLASSES))
+    layers(torch.zeros(1, 2, 6, 6))
+    model = layers.double()
+    data = double(batches("cnn", 2, size=20))
+    host = wrap(model, data[0][0])
+    (reading,) = measure(host, host.slots.values(), data, LOSS, LIMITS).values()
+    seen = sights(model, 0, 2, data)
+    positions = len(seen[0].entering) // 20
+    assert positions > 1
+    check(reading.evidence, *oracle(seen, positions))
+    assert reading.evidence.samples == 40 * positions
+
+
+def test_tokens_match_the_formulas() -> None:
+    torch.manual_seed(3)
+    layers = perceptron(6, 7, 3, CLASSES).double()
+    model = Pooled(layers)
+    data = double(batches("transformer", 2, size=30))
+    host = wrap(model, data[0][0])
+    found = measure(host, host.slots.values(), data, LOSS, LIMITS)
+    for name, reading in found.items():
+        source, sink = (int(path.split(".")[1]) for path in name.split(":"))
+        check(reading.evidence, *oracle(sights(layers, source, sink, data), positions=5))
+
+
+def test_many_positions_are_thinned_and_still_tell_the_same() -> None:
+    """Where a batch has more rows than are kept, every k-th is, from other places of every sample: the same figure, roughly."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.Flatten())
+    model.append(nn.Linear(2 * 16 * 16, 3))
+    scenes = torch.randn(3, 1, 16, 16)
+    classes = [torch.randint(3, (16,)) for _ in range(4)]
+    data = [(scenes[targets] + 0.1 * torch.randn(16, 1, 16, 16), targets) for targets in classes]
+    host = wrap(model, data[0][0])
+    (reading,) = measure(host, host.slots.values(), data, LOSS, LIMITS).values()
+    assert 2 * MAX_ROWS < reading.evidence.samples <= 4 * MAX_ROWS < 4 * 16 * 256
+    seen = sights(model, 0, 2, data)
+    whole = formulas(*(np.vstack([getattr(s, k) for s in seen]) for k in ("entering", "inner", "descent")), 1.0, 256)  # type: ignore[arg-type]
+    assert reading.evidence.gain == pytest.approx(whole.gain, rel=0.5)
+
+
+@pytest.fixture
+def trained() -> tuple[nn.Sequential, Host, list[Any]]:
+    """A small MLP after a little training, in double precision."""
+    model = cast(nn.Sequential, make("mlp", 4).double())
+    host = wrapped("mlp", model)
+    data = double(batches("mlp", 6, size=60))
+    rule = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(5):
+        train(model, rule, data)
+    return model, host, data
+
+
+def read(host: Host, data: list[Any]) -> dict[str, Reading]:
+    return measure(host, host.slots.values(), data, LOSS, LIMITS)
+
+
+def test_the_order_of_units_does_not_matter(trained: tuple[nn.Sequential, Host, list[Any]]) -> None:
+    model, host, data = trained
+    before = read(host, data)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    first, second = cast(nn.Linear, model[0]), cast(nn.Linear, model[2])
+    with torch.no_grad():
+        first.weight.copy_(first.weight[order])
+        first.bias.copy_(first.bias[order])
+        second.weight.copy_(second.weight[:, order])
+    after = read(host, data)
+    for name, reading in before.items():
+        same = (reading.evidence.gain, reading.evidence.share, reading.evidence.score, reading.evidence.confidence)
+        other = after[name].evidence
+        assert (other.gain, other.share, other.score, other.confidence) == pytest.approx(same, rel=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 2.0, 4.0])
+def test_the_scale_of_a_layer_does_not_matter(factor: float, trained: tuple[nn.Sequential, Host, list[Any]]) -> None:
+    """ReLU lets a factor pass from the source into the sink: the same function, and so the same need."""
+    model, host, data = trained
+    before = read(host, data)["0:2"].evidence
+    first, second = cast(nn.Linear, model[0]), cast(nn.Linear, model[2])
+    with torch.no_grad():
+        first.weight *= factor
+        first.bias *= factor
+        second.weight /= factor
+    after = read(host, data)["0:2"].evidence
+    assert (after.gain, after.share, after.score) == pytest.approx((before.gain, before.share, before.score), rel=1e-3)
+
+
+def test_the_size_of_batches_does_not_matter(trained: tuple[nn.Sequential, Host, list[Any]]) -> None:
+    _, host, data = trained
+    inputs, targets = (torch.cat([batch[k] for batch in data]) for k in (0, 1))
+    before = read(host, data)
+    for size in (30, 120, 360):
+        after = read(host, list(zip(inputs.split(size), targets.split(size), strict=True)))
+        for name, reading in before.items():
+            assert after[name].evidence.gain == pytest.approx(reading.evidence.gain, rel=1e-9)
+            assert after[name].evidence.share == pytest.approx(reading.evidence.share, rel=1e-9)
+
+
+def test_activations_in_place_are_seen_before_they_act() -> None:
+    torch.manual_seed(1)
+    plain = perceptron(6, 8, 3, 8, CLASSES)
+    model = copied(plain)
+    data = batches("mlp", 3, size=70)
+    wanted = read(wrapped_perceptron(plain, 6, 8, 3, 8, CLASSES), data)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = True
+    found = read(wrap(model, data[0][0]), data)
+    assert {name: reading.evidence for name, reading in found.items()} == {
+        name: reading.evidence for name, reading in wanted.items()
+    }
+
+
+def test_two_dead_layers_in_a_row_mute_every_signal() -> None:
+    model = cast(nn.Sequential, make("mlp"))
+    host = wrapped("mlp", model)
+    with torch.no_grad():
+        for index in (2, 4):
+            cast(nn.Linear, model[index]).bias.fill_(-1e4)
+    found = read(host, batches("mlp", 3))
+    for name in ("2:4", "4:6"):
+        assert found[name].evidence.gain == 0
+        assert found[name].evidence.confidence == 0
+        assert health_of(found[name].evidence, LIMITS) == 1
+        assert found[name].vitals.dead_unit_ratio == 1
+    assert found["0:2"].vitals.dead_unit_ratio < 1
+    assert found["0:2"].evidence.gain == 0  # nothing comes back through the dead
+
+
+def test_health_is_a_third_where_both_thresholds_are_just_passed() -> None:
+    blank = dict.fromkeys(("gain", "gain_relative", "score", "confidence"), 0.0)
+
+    def evidence(share: float, of_loss: float) -> Evidence:
+        return Evidence(**blank, share=share, gain_of_loss=of_loss, spectrum=(), samples=1, unit_parameters=1)
+
+    assert health_of(evidence(0.5, 1.0), LIMITS) == pytest.approx(0.3)
+    assert health_of(evidence(1.0, 0.005), LIMITS) == pytest.approx(0.3)
+    assert health_of(evidence(0.49, 1.0), LIMITS) > 0.3
+    assert health_of(evidence(0.6, 0.006), LIMITS) < 0.3
+    assert health_of(evidence(0.0, 1.0), LIMITS) == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_planted_narrow_layer_is_found(seed: int) -> None:
+    depth = 3
+    place = torch.randint(depth, (1,), generator=torch.Generator().manual_seed(seed)).item()
+    widths = (6, *(2 if layer == place else 24 for layer in range(depth)), CLASSES)
+    torch.manual_seed(seed)
+    model = perceptron(*widths)
+    host = wrapped_perceptron(model, *widths)
+    data = batches("mlp", 8, size=64, seed=seed)
+    rule = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(12):
+        train(model, rule, data)
+    best, *rest = score(host, data, LOSS)
+    assert best.span == (str(2 * place), str(2 * place + 2))
+    assert best.health < 0.3
+    assert all(other.gain < best.gain for other in rest)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wide_network_on_a_noisy_task_is_healthy_everywhere(seed: int) -> None:
+    widths = (6, 24, 24, 24, CLASSES)
+    torch.manual_seed(seed)
+    model = perceptron(*widths)
+    host = wrapped_perceptron(model, *widths)
+    noise = torch.Generator().manual_seed(seed)
+    data = [(x + 1.1 * torch.randn(x.shape, generator=noise), y) for x, y in batches("mlp", 16, size=64, seed=seed)]
+    rule = torch.optim.Adam(model.parameters(), 5e-3)
+    for _ in range(8):
+        train(model, rule, data)
+    assert all(slot.health >= 0.3 for slot in score(host, data, LOSS))
+
+
+def test_scores_come_with_the_most_worthwhile_first() -> None:
+    host = wrapped("mlp", make("mlp"))
+    found = score(host, batches("mlp", 4), LOSS)
+    assert {":".join(slot.span) for slot in found} == set(host.slots)
+    readings = read(host, batches("mlp", 4))
+    worth = [readings[":".join(slot.span)].evidence.gain_relative * slot.share / slot.unit_parameters for slot in found]
+    assert worth == sorted(worth, reverse=True)
+
+
+def test_no_batches_and_losses_that_are_none_are_said() -> None:
+    host = wrapped("mlp", make("mlp"))
+    with pytest.raises(InvalidInput, match="no batches") as caught:
+        read(host, [])
+    assert caught.value.hint
+    with pytest.raises(InvalidInput, match="loss"):
+        measure(host, host.slots.values(), batches("mlp", 1), lambda y, t: LOSS(y, t) * math.nan, LIMITS)
+    with pytest.raises(InvalidInput, match="loss"):
+        measure(host, host.slots.values(), batches("mlp", 1), lambda y, t: y.sum(1), LIMITS)
+
+
+def test_a_frozen_beginning_is_measured_all_the_same() -> None:
+    model = make("mlp")
+    host = wrapped("mlp", model)
+    data = batches("mlp", 3)
+    before = {name: reading.evidence for name, reading in read(host, data).items()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert {name: reading.evidence for name, reading in read(host, data).items()} == before
