@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from esper_core.errors import Conflict
 from esper_core.nn.graft import BREAKER, Graft
@@ -167,6 +168,18 @@ def test_moving_alpha_rebuilds_nothing() -> None:
     assert after[1:] == before[1:]
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
+
+
+def test_moving_alpha_recompiles_nothing() -> None:
+    host, _, graft = grafted("mlp", alpha=0.0)
+    inputs, _ = batches("mlp", 1)[0]
+    counter = CompileCounter()
+    compiled = torch.compile(host, backend=counter)
+    for alpha in (0.0, 0.3, 1.0):
+        graft.alpha.fill_(alpha)
+        torch.testing.assert_close(compiled(inputs), host(inputs))
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 # -- kernels that misbehave -------------------------------------------------------------------------------------------
