@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import sys
 import time
 import traceback
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.seeds < 1:
         print(f"error: --seeds {options.seeds} trains nothing\nhint: 1 or more", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: the servers outlive whoever starts them
     facts = {**machine(), "mode": "quick" if options.quick else "full"}
     out = Console() if sys.stdout.isatty() else Console(width=170)
     report.show_machine(out, facts)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from services.tolaria.result import RunResult
@@ -54,24 +55,29 @@ def train(trials: Sequence[Trial], per_process: int) -> dict[str, list[RunResult
         RuntimeError: a run failed; with its last words.
     """
     pieces = [piece for trial in trials for piece in trial.parts(per_process)]
+    crew: set[subprocess.Popen[str]] = set()
     with ThreadPoolExecutor(cores()) as pool:
-        done = list(pool.map(_trained, pieces))
+        try:
+            done = list(pool.map(partial(_trained, crew), pieces))
+        except BaseException:  # whatever ends this must not leave others training
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in tuple(crew):
+                process.terminate()
+            raise
     found: dict[str, list[RunResult]] = {trial.name: [] for trial in trials}
     for piece, results in zip(pieces, done, strict=True):
         found[piece.name] += results
     return found
 
 
-def train_at(trial: Trial, data_dir: Path) -> list[RunResult]:
-    """Train with ``data_dir`` as the platform's directory, one seed after the other."""
+def train_at(trial: Trial, data_dir: Path, crew: set[subprocess.Popen[str]] | None = None) -> list[RunResult]:
+    """Train with ``data_dir`` as the platform's directory, one seed after the other; ``crew`` has the process meanwhile."""
     command = [sys.executable, "-m", "services.tolaria", trial.preset, "--name", "bench", "-o", "json"]
     command += ["--seed", str(trial.seeds[0]), "--repeat", str(len(trial.seeds)), "--data-dir", str(data_dir)]
     command += [*trial.flags, *(part for setting in trial.settings for part in ("--set", setting))]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=python_environment(), timeout=PATIENCE, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{trial.preset} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    code, words = _ended(command, set() if crew is None else crew)
+    if code:
+        raise RuntimeError(f"{trial.preset} ended with {code}: {words.strip()[-500:]}")
     kept = [path.read_text(encoding="utf-8") for path in (data_dir / "runs").glob("bench*/result.json")]
     results = sorted((RunResult.model_validate_json(text) for text in kept), key=lambda result: result.seed)
     if [result.seed for result in results] != list(trial.seeds):
@@ -79,9 +85,26 @@ def train_at(trial: Trial, data_dir: Path) -> list[RunResult]:
     return results
 
 
-def _trained(trial: Trial) -> list[RunResult]:
+def _ended(command: Sequence[str], crew: set[subprocess.Popen[str]]) -> tuple[int, str]:
+    """Exit code and last words of a process; it is killed when it takes too long or waiting for it is broken off."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=pipe, text=True, env=python_environment()
+    ) as process:
+        crew.add(process)
+        try:
+            _, words = process.communicate(timeout=PATIENCE)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            crew.discard(process)
+    return process.returncode, words
+
+
+def _trained(crew: set[subprocess.Popen[str]], trial: Trial) -> list[RunResult]:
     with folder("runs") as path:
-        return train_at(trial, path)
+        return train_at(trial, path, crew)
 
 
 def seed_row(result: RunResult) -> Row:
