@@ -15,7 +15,6 @@ import asyncpg
 
 from esper_core import log
 from esper_core.bus.bus import Bus, Receipt
-from esper_core.bus.database import AWAY as DATABASE_AWAY
 from esper_core.bus.database import Connection, Pool
 from esper_core.bus.dead import bury
 from esper_core.bus.envelope import check_belongs
@@ -89,8 +88,8 @@ async def _lead(pool: Pool, bus: Bus) -> None:
         try:
             await _work(pool, connection, bus, wake)
         finally:
-            with contextlib.suppress(*DATABASE_AWAY, asyncpg.InterfaceError, asyncpg.InternalClientError):
-                await connection.remove_listener(CHANNEL, on_notify)
+            # Ends lock and listening for certain; asking the server to would wait on a connection that may be broken.
+            connection.terminate()
 
 
 async def _work(pool: Pool, connection: Connection, bus: Bus, wake: asyncio.Event) -> None:

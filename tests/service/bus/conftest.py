@@ -47,7 +47,7 @@ async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
     await migrate(database, {"bus": SCHEMA})
     pool = await open_pool(database)
     yield pool
-    await pool.close()
+    await asyncio.wait_for(pool.close(), 5)
 
 
 @pytest.fixture
