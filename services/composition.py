@@ -23,6 +23,7 @@ from prometheus_client import ProcessCollector, start_http_server
 import esper_core.bus
 from esper_core import log
 from esper_core.bus.bus import Bus
+from esper_core.bus.database import AWAY
 from esper_core.clock import SYSTEM
 from esper_core.config import Endpoints
 from esper_core.errors import EsperError, InvalidInput, Unavailable, nearest
@@ -37,6 +38,7 @@ NAMES = ("oona", "urza", "tezzeret", "urabrask", "tamiyo", "kasmina", "tolaria",
 POOL_SIZE = 16
 GRACE, TASKS_GRACE, CLOSE_GRACE = 4.0, 2.0, 1.5  # seconds; together below the 10 that a stop may take
 CONNECT_SECONDS = 3.0
+DATABASE_AWAY = (*AWAY, asyncpg.InternalClientError)  # the last: a connection that broke while it was handed back
 PAUSE_FIRST, PAUSE_MAX, HEALTHY = 0.5, 10.0, 30.0  # seconds
 
 T = TypeVar("T")
@@ -168,7 +170,9 @@ async def _serve(platform: Platform, services: Sequence[Service]) -> RunningServ
     host, _, port = endpoints.grpc_listen.rpartition(":")
     served = [each for service in services for each in service.served]
     tls = await asyncio.to_thread(ServerTls.read, endpoints.tls_dir)
-    return await serve(served, host=host.strip("[]"), port=int(port), tls=tls, metrics=platform.metrics)
+    return await serve(
+        served, host=host.strip("[]"), port=int(port), tls=tls, metrics=platform.metrics, away=DATABASE_AWAY
+    )
 
 
 def _tasks(platform: Platform, services: Sequence[Service]) -> list[tuple[str, Task]]:

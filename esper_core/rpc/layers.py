@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError, Message
 from prometheus_client import CollectorRegistry, Histogram
 
 from esper_core import log, telemetry
-from esper_core.errors import DeadlineExceeded, EsperError, Internal, InvalidInput, Unsupported
+from esper_core.errors import DeadlineExceeded, EsperError, Internal, InvalidInput, Unavailable, Unsupported
 from esper_core.ids import new_id
 from esper_core.rpc import auth
 from esper_core.rpc.status import to_status
@@ -85,19 +85,31 @@ def observed(registry: CollectorRegistry | None) -> Layer:
     return layer
 
 
-async def explained(call: Call, request: Any, proceed: Proceed) -> Any:
-    """Turn our errors into statuses; what nobody expected becomes an incident whose text stays in the log."""
-    try:
-        return await proceed(request)
-    except grpc.aio.AbortError:
-        raise
-    except EsperError as error:
-        incident = _incident(call, error) if isinstance(error, Internal) else ""
-        await call.context.abort_with_status(to_status(error, incident))
-    except Exception as error:  # noqa: BLE001 - the boundary: its text must not reach the caller, nor the server die
-        incident = _incident(call, error)
-        told = Internal("an internal error", hint=f"the log explains incident {incident}")
-        await call.context.abort_with_status(to_status(told, incident))
+def explained(away: tuple[type[Exception], ...]) -> Layer:
+    """Turn errors into statuses; what nobody expected becomes an incident whose text stays in the log.
+
+    Args:
+        away: what it looks like when a server that this one stands on is away; the caller may try again.
+    """
+
+    async def layer(call: Call, request: Any, proceed: Proceed) -> Any:
+        try:
+            return await proceed(request)
+        except grpc.aio.AbortError:
+            raise
+        except EsperError as error:
+            incident = _incident(call, error) if isinstance(error, Internal) else ""
+            await call.context.abort_with_status(to_status(error, incident))
+        except away as error:
+            _log.warning("away", method=call.method, error=f"{type(error).__name__}: {error}")
+            told = Unavailable("a part of the platform is away", hint="try again; `esperctl status` shows which")
+            await call.context.abort_with_status(to_status(told))
+        except Exception as error:  # noqa: BLE001 - the boundary: its text must not reach the caller, nor the server die
+            incident = _incident(call, error)
+            unknown = Internal("an internal error", hint=f"the log explains incident {incident}")
+            await call.context.abort_with_status(to_status(unknown, incident))
+
+    return layer
 
 
 def _incident(call: Call, error: Exception) -> str:

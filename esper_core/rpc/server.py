@@ -94,6 +94,7 @@ async def serve(
     deadline: float = 30.0,
     idle: float = 30.0,
     metrics: CollectorRegistry | None = None,
+    away: tuple[type[Exception], ...] = (),
 ) -> RunningServer:
     """Listen on ``host``:``port`` (0: any free port) and report SERVING.
 
@@ -105,6 +106,7 @@ async def serve(
         deadline: seconds that a call without streams may take at most.
         idle: seconds that a stream may stand still because of the client.
         metrics: registry that counts and times the calls; one server per registry.
+        away: what servicers raise while a server that they stand on is away; told as UNAVAILABLE.
 
     Raises:
         InvalidInput: no certificates, or they are not what they should be.
@@ -120,7 +122,7 @@ async def serve(
     _listed((*names, health.SERVICE_NAME, REFLECTION), policy)
     layers: tuple[Layer, ...] = (
         observed(metrics),
-        explained,
+        explained(away),
         authenticated(policy),
         punctual(deadline, idle),
         validated,

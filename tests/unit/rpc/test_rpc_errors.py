@@ -125,3 +125,11 @@ async def test_bytes_that_are_no_message_are_invalid_input(site: Any) -> None:
     channel = await (await site()).channel()
     with pytest.raises(errors.InvalidInput, match="no message"):
         await channel.unary_unary("/esper.urza.v1.UrzaService/GetKernel")(b"\xff\xff\xff")
+
+
+async def test_a_server_that_is_away_is_no_defect_and_its_words_stay_here(site: Any) -> None:
+    stub = await (await site(away=(RuntimeError,))).stub()
+    with pytest.raises(errors.Unavailable, match="away") as caught:
+        await stub.GetKernel(_get("boom"), timeout=5)
+    assert "esperctl status" in caught.value.hint
+    assert "4711" not in caught.value.message + caught.value.hint
