@@ -194,34 +194,46 @@ def conclude(tally: Tally, unit_parameters: int, thresholds: Thresholds) -> Evid
     folds, total = tally.filled, tally.total()
     loss = sum(tally.losses) / len(tally.losses)
 
-    def figures(sums: Sums) -> Evidence:
-        return _figures(sums, tally.positions, loss, unit_parameters)
+    def evidence(sums: Sums) -> tuple[Evidence, Tensor]:
+        return _evidence(sums, tally.positions, loss, unit_parameters)
 
-    evidence = figures(total)
-    parts = [figures(total - fold).need(thresholds) for fold in folds] if len(folds) > 1 else []
-    return replace(evidence, confidence=_confidence(evidence.need(thresholds), parts))
+    whole, whitened = evidence(total)
+    parts = [evidence(total - fold)[0].need(thresholds) for fold in folds] if len(folds) > 1 else []
+    # σ² as eigenvalues of the smaller Gram matrix: several times cheaper than the singular values themselves.
+    wide = whitened.shape[1] > whitened.shape[0]
+    gram = whitened @ whitened.T if wide else whitened.T @ whitened
+    spectrum = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0) * tally.positions
+    return replace(
+        whole,
+        score=float((whitened @ _inverse_root(total.gg / total.rows)).square().sum()),
+        spectrum=tuple(spectrum[:MAX_SPECTRUM].tolist()),
+        confidence=_confidence(whole.need(thresholds), parts),
+    )
 
 
-def _figures(sums: Sums, positions: float, loss: float, unit_parameters: int) -> Evidence:
-    """A unit acts at every position of a sample, so what it gains per sample is its gain per row times the positions."""
+def _evidence(sums: Sums, positions: float, loss: float, unit_parameters: int) -> tuple[Evidence, Tensor]:
+    """Gain and share, without the score and the spectrum, and the whitened residual S^-½ N (d, m) to get those from.
+
+    A unit acts at every position of a sample, so what it gains per sample is its gain per row times the positions.
+    """
     n = sums.rows
     residual = (sums.hg - sums.hi @ sums.sink_weights()) / n  # N, (d, m)
     whitened = _inverse_root(sums.hh / n) @ residual
-    spectrum = torch.linalg.svdvals(whitened).square() * positions
-    gain = float(spectrum.sum())
+    gain = float(whitened.square().sum()) * positions
     own = float((_inverse_root(sums.ii / n) @ (sums.ig / n)).square().sum()) * positions
     squared = float(torch.trace(sums.gg)) / n * positions
-    return Evidence(
+    found = Evidence(
         gain=gain,
         gain_relative=gain / squared if squared > 0 else 0.0,
         share=gain / (gain + own) if gain + own > 0 else 0.0,
-        score=float((whitened @ _inverse_root(sums.gg / n)).square().sum()),
+        score=0.0,
         gain_of_loss=gain / abs(loss) if loss else 0.0,
-        spectrum=tuple(spectrum[:MAX_SPECTRUM].tolist()),
+        spectrum=(),
         confidence=0.0,
         samples=n,
         unit_parameters=unit_parameters,
     )
+    return found, whitened
 
 
 def _inverse_root(moment: Tensor) -> Tensor:
