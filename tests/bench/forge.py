@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from esper_core.blueprint.catalogue import catalogue
 from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.bus import subjects
 from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2
@@ -22,9 +18,9 @@ from esper_core.rpc.convert import to_proto
 from services.child import WarmChild
 from services.sandbox import Limits
 from services.tezzeret.assortment import assortment
-from services.tezzeret.builds import Wish
 from tests.bench.bench import Pace, Table
-from tests.bench.figures import Row, Sample
+from tests.bench.driver import FORGE, Driver, driving, jobs
+from tests.bench.figures import Row, Sample, ratio_row
 from tests.bench.ground import visit
 from tests.bench.nets import FAMILIES, adam, fresh, step_of
 from tests.service.platform import STUBS, Stage, registration
@@ -43,7 +39,15 @@ def run(pace: Pace) -> list[Table]:
 
     pace.say("a new interface through the whole platform")
     whole = pace.ground.run(through())
-    alone, beside, built = pace.ground.run(_children(pace))
+    pace.say("builds and evaluations by warm children")
+    alone = pace.ground.run(_alone(pace.rounds(24, 8)))
+    rounds = pace.rounds(12, 3)
+    with driving() as driver:
+        pairs = []
+        for threads in (1, 2):
+            pace.say(f"training on {threads} threads beside the forge")
+            pairs.append(_beside(driver, threads, rounds))
+        quiet = _undisturbed(driver, rounds)
     return [
         Table(
             "Warm children",
@@ -59,143 +63,88 @@ def run(pace: Pace) -> list[Table]:
         ),
         Table(
             "Training step while the forge works next door / while it does not",
-            beside,
+            [row for row, _ in pairs],
             (
-                f"Windows of {WINDOW} s in turn, wall clock: the ratio is of steps per second. The forge runs at the lowest "
+                f"Windows of {WINDOW} s in turn, wall clock: the ratio is of seconds per step. The forge runs at the lowest "
                 "priority on one thread.",
             ),
         ),
-        Table("What the forge gets done meanwhile", built),
+        Table("What the forge gets done meanwhile", [*(row for _, row in pairs), quiet]),
     ]
 
 
-def _wishes() -> list[Wish]:
-    slot = SlotInterface(
-        layout=Layout.FEATURES, in_width=64, out_width=64, hidden_width=64, activation="relu", foldable=True
-    )
-    return assortment(slot)
-
-
-def _job(wish: Wish, blob: Path, seed: int) -> dict[str, Any]:
-    designs = {ir.id: ir for ir in catalogue().values()}
-    return {
-        "do": "forge",
-        "blueprint": designs[wish.blueprint_id].model_dump(mode="json"),
-        "interface": wish.interface.model_dump(mode="json"),
-        "symbols": dict(wish.symbols),
-        "pipeline": wish.pipeline,
-        "seed": seed,
-        "blob": str(blob),
-    }
-
-
-async def _children(pace: Pace) -> tuple[list[Row], list[Row], list[Row]]:
-    forge, judge = WarmChild("services.tezzeret.forge", Limits()), WarmChild("services.urabrask.bench", Limits())
+async def _alone(rounds: int) -> list[Row]:
+    forge, judge = WarmChild(FORGE, Limits()), WarmChild("services.urabrask.bench", Limits())
+    builds, evaluations = [], []
     try:
-        pace.say("builds and evaluations by warm children")
-        alone = await _alone(forge, judge, pace.rounds(24, 8))
-        beside, built = [], []
-        for threads in (1, 2):
-            pace.say(f"training on {threads} threads beside the forge")
-            row, rates = await _beside(forge, threads, pace.rounds(12, 3))
-            beside.append(row)
-            built += rates
-        torch.set_num_threads(1)
-        return alone, beside, built
+        blob = forge.scratch / "kernel"
+        orders = jobs(blob)
+        for number in range(rounds + 1):
+            began = time.perf_counter()
+            answer = await forge.ask(orders[number % len(orders)])
+            builds.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for phase in ("safety", "benchmark"):
+                told = await judge.ask({"do": phase, "manifest": answer["manifest"], "blob": str(blob)})
+                if "unfit" in told:
+                    raise RuntimeError(f"a catalogue kernel is unfit: {told['unfit']}")
+            evaluations.append(time.perf_counter() - began)
     finally:
         await forge.close()
         await judge.close()
-
-
-async def _alone(forge: WarmChild, judge: WarmChild, rounds: int) -> list[Row]:
-    wishes, builds, evaluations = _wishes(), [], []
-    starts = []
-    for number in range(rounds + 1):
-        blob = forge.scratch / "kernel"
-        began = time.perf_counter()
-        answer = await forge.ask(_job(wishes[number % len(wishes)], blob, number))
-        build = time.perf_counter() - began
-        began = time.perf_counter()
-        for phase in ("safety", "benchmark"):
-            told = await judge.ask({"do": phase, "manifest": answer["manifest"], "blob": str(blob)})
-            if "unfit" in told:
-                raise RuntimeError(f"{wishes[number % len(wishes)].blueprint_name}: {told['unfit']}")
-        evaluation = time.perf_counter() - began
-        if number:
-            builds.append(build)
-            evaluations.append(evaluation)
-        else:
-            starts = [build, evaluation]
-    per_minute = [60 / (a + b) for a, b in zip(builds, evaluations, strict=True)]
+    both = tuple(60 / (a + b) for a, b in zip(builds[1:], evaluations[1:], strict=True))
     return [
-        Sample((starts[0],)).row("first build, child started cold", "s"),
-        Sample(tuple(builds)).row("a build", "ms", 1e3),
-        Sample(tuple(60 / seconds for seconds in builds)).row("builds", "per minute"),
-        Sample((starts[1],)).row("first evaluation, child started cold", "s"),
-        Sample(tuple(evaluations)).row("an evaluation, safety and benchmark", "ms", 1e3),
-        Sample(tuple(per_minute)).row("built and evaluated one after the other", "per minute"),
+        Sample((builds[0],)).row("first build, child started cold", "s"),
+        Sample(tuple(builds[1:])).row("a build", "ms", 1e3),
+        Sample(tuple(60 / seconds for seconds in builds[1:])).row("builds", "per minute"),
+        Sample((evaluations[0],)).row("first evaluation, child started cold", "s"),
+        Sample(tuple(evaluations[1:])).row("an evaluation, safety and benchmark", "ms", 1e3),
+        Sample(both).row("built and evaluated one after the other", "per minute"),
     ]
 
 
-async def _beside(forge: WarmChild, threads: int, rounds: int) -> tuple[Row, list[Row]]:
-    """Steps per second with and without the forge at work, and builds per second with and without training."""
+def _beside(driver: Driver, threads: int, rounds: int) -> tuple[Row, Row]:
+    """Steps with and without the forge at work, and what the forge got done meanwhile."""
     family = FAMILIES[1]
     model = fresh(family)
     step = step_of(model, adam(model), family.rows(64))
-    busy, idle, during = [], [], []
-    await asyncio.to_thread(_train, step, threads, WINDOW)
-    for number in range(rounds):
-        for working in (True, False) if number % 2 else (False, True):
-            stop = asyncio.Event()
-            work = asyncio.create_task(_forging(forge, stop)) if working else None
-            if work:
-                await asyncio.sleep(0)
-            rate = await asyncio.to_thread(_train, step, threads, WINDOW)
-            stop.set()
-            (busy if working else idle).append(1 / rate)
-            if work:
-                during.append(await work)
-    quiet = []
-    for _ in range(rounds):
-        stop = asyncio.Event()
-        work = asyncio.create_task(_forging(forge, stop))
-        await asyncio.sleep(WINDOW)
-        stop.set()
-        quiet.append(await work)
-    ratios = Sample(tuple(a / b for a, b in zip(busy, idle, strict=True)))
-    what = f"CNN, batch 64, on {threads} thread{'s' if threads > 1 else ''}"
-    row: Row = {
-        "what": what,
-        "n": rounds,
-        "ratio": ratios.median,
-        "q1": ratios.quantile(0.25),
-        "q3": ratios.quantile(0.75),
-        "ms beside": statistics.median(busy) * 1e3,
-        "ms alone": statistics.median(idle) * 1e3,
-    }
-    return row, [
-        Sample(tuple(during)).row(f"builds beside training on {threads}", "per second"),
-        Sample(tuple(quiet)).row("builds with nobody training", "per second"),
-    ]
-
-
-def _train(step: Callable[[], None], threads: int, seconds: float) -> float:
-    """Train for ``seconds``; steps per second."""
     torch.set_num_threads(threads)
+    try:
+        _train(step, WINDOW)
+        busy, idle, rates = [], [], []
+        for number in range(rounds):
+            for working in (True, False) if number % 2 else (False, True):
+                if not working:
+                    idle.append(_train(step, WINDOW))
+                    continue
+                driver.work()
+                busy.append(_train(step, WINDOW))
+                rates.append(driver.rest())
+    finally:
+        torch.set_num_threads(1)
+    what = f"on {threads} thread{'s' if threads > 1 else ''}"
+    return (
+        ratio_row(f"CNN, batch 64, {what}", busy, idle),
+        Sample(tuple(rates)).row(f"builds beside training {what}", "per second"),
+    )
+
+
+def _undisturbed(driver: Driver, rounds: int) -> Row:
+    rates = []
+    for _ in range(rounds):
+        driver.work()
+        time.sleep(WINDOW)
+        rates.append(driver.rest())
+    return Sample(tuple(rates)).row("builds with nobody training", "per second")
+
+
+def _train(step: Callable[[], None], seconds: float) -> float:
+    """Train for ``seconds``; wall seconds per step."""
     began, steps = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         step()
         steps += 1
-    return steps / (time.perf_counter() - began)
-
-
-async def _forging(forge: WarmChild, stop: asyncio.Event) -> float:
-    """Build until told to stop, finishing what was begun; builds per second."""
-    wishes, began, done = _wishes(), time.perf_counter(), 0
-    while not stop.is_set():
-        await forge.ask(_job(wishes[done % len(wishes)], forge.scratch / "kernel", done))
-        done += 1
-    return done / (time.perf_counter() - began)
+    return (time.perf_counter() - began) / steps
 
 
 async def _through_the_platform(stage: Stage) -> Row:

@@ -1,0 +1,96 @@
+"""A forge at work in the background: its parent in a process of its own, as the platform is one beside a training run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from esper_core.blueprint.catalogue import catalogue
+from esper_core.blueprint.interface import Layout, SlotInterface
+from services.child import WarmChild
+from services.sandbox import Limits
+from services.tezzeret.assortment import assortment
+
+FORGE = "services.tezzeret.forge"
+
+
+class Driver:
+    """Works when told to, rests when told to."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def work(self) -> None:
+        """Build one kernel after the other from now on."""
+        self._pipe.send("work")
+
+    def rest(self) -> float:
+        """Finish what was begun; builds per second since ``work``."""
+        self._pipe.send("rest")
+        rate: float = self._pipe.recv()
+        return rate
+
+
+@contextlib.contextmanager
+def driving() -> Iterator[Driver]:
+    """A driver whose forge is warm; ended afterwards."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_main, args=(theirs,))
+    process.start()
+    theirs.close()
+    driver = Driver(ours)
+    try:
+        driver.work()
+        driver.rest()  # answers when the child has started and built
+        yield driver
+    finally:
+        ours.close()  # it ends when nobody is there any more
+        process.join()
+
+
+def jobs(blob: Path) -> list[dict[str, Any]]:
+    """A job per catalogue design and width that fits a 64-64-64 slot, each writing to ``blob``."""
+    slot = SlotInterface(
+        layout=Layout.FEATURES, in_width=64, out_width=64, hidden_width=64, activation="relu", foldable=True
+    )
+    designs = {ir.id: ir for ir in catalogue().values()}
+    return [
+        {
+            "do": "forge",
+            "blueprint": designs[wish.blueprint_id].model_dump(mode="json"),
+            "interface": wish.interface.model_dump(mode="json"),
+            "symbols": dict(wish.symbols),
+            "pipeline": wish.pipeline,
+            "seed": number,
+            "blob": str(blob),
+        }
+        for number, wish in enumerate(assortment(slot))
+    ]
+
+
+def _main(pipe: Connection) -> None:
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        asyncio.run(_drive(pipe))
+
+
+async def _drive(pipe: Connection) -> None:
+    forge = WarmChild(FORGE, Limits())
+    orders = jobs(forge.scratch / "kernel")
+    try:
+        while True:
+            pipe.recv()  # "work"; nothing else happens in this loop meanwhile
+            began, done = time.perf_counter(), 0
+            while not done or not pipe.poll():
+                await forge.ask(orders[done % len(orders)])
+                done += 1
+            pipe.recv()  # "rest"
+            pipe.send(done / (time.perf_counter() - began))
+    finally:
+        await forge.close()
