@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
@@ -25,7 +26,6 @@ from esper_core.bus.patience import AWAY, insist
 from esper_core.bus.pull import DONE, Verdict, pull
 from esper_core.bus.subjects import Stream, stream_of
 from esper_core.errors import EsperError, InvalidInput, Unavailable
-from esper_core.ids import check_name
 
 Handler = Callable[[Connection, Event], Awaitable[None]]
 PlainHandler = Callable[[Event], Awaitable[None]]
@@ -36,6 +36,7 @@ PATIENCE = 600.0  # seconds a handler whose dependency is away is tried within o
 REMEMBERED = 4096  # event ids kept against duplicates where there is no inbox
 FORGET = 7 * 86_400.0  # seconds after which the server drops the consumer of a process that never came back
 
+_DURABLE = re.compile(r"[a-z0-9][a-z0-9-]{0,99}")
 _log = log.get("bus")
 
 
@@ -66,7 +67,7 @@ async def consume(
         InvalidInput: a subject that no stream keeps, or ``durable`` is no valid name.
         Conflict: the server keeps other consumer settings than asked for.
     """
-    check_name(durable, "consumer")
+    _check_durable(durable)
 
     async def effect(event: Event) -> None:
         async with lent(pool) as connection, connection.transaction():
@@ -87,7 +88,7 @@ async def consume_plain(
 
     Args, Raises: as ``consume``; ``handler`` is ``async handler(event)``.
     """
-    check_name(durable, "consumer")
+    _check_durable(durable)
     seen = _Seen()
 
     async def effect(event: Event) -> None:
@@ -198,6 +199,11 @@ async def _take(
             return Verdict(again=backoff[deliveries - 1])
         await insist(partial(bury_it, reason=reason, deliveries=deliveries), AWAY)
     return DONE
+
+
+def _check_durable(durable: str) -> None:
+    if not _DURABLE.fullmatch(durable):
+        raise InvalidInput(f"{durable!r} names no consumer", hint="use 1-100 characters of a-z, 0-9 and '-'")
 
 
 async def _first_time(connection: Connection, durable: str, event_id: str) -> bool:

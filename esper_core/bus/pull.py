@@ -23,7 +23,7 @@ from esper_core.bus.patience import persist
 from esper_core.bus.subjects import Stream
 from esper_core.errors import Conflict
 
-ACK_WAIT = 10.0  # seconds after which the server believes that the consumer died
+ACK_WAIT = 5.0  # seconds after which the server believes that the consumer died
 FETCH = 2.0  # seconds one fetch waits; one in flight is lost with the server, so short ones
 MAX_DELIVER = 12  # deliveries after which the server itself gives a message up, with an advisory
 UNORDERED = 256  # messages out at once when their order does not matter

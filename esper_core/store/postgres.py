@@ -24,7 +24,9 @@ from esper_core.ids import sha256
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"  # the class takes no type argument at run time
 
 PATIENCE = 15.0  # seconds to wait for a server that is starting
+CONNECT_TIMEOUT = 10.0  # seconds one connection may take to come about
 COMMAND_TIMEOUT = 60.0  # seconds one statement may take
+RESET_TIMEOUT = 5.0  # seconds giving a connection back may take
 
 _LOCK = 0x65737065  # "espe"
 _FILE = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
@@ -55,6 +57,13 @@ class Migration:
         return sha256(self.sql.encode())
 
 
+class _Connection(asyncpg.Connection):
+    """A connection that is given back quickly or dropped: the server may have died while it was lent."""
+
+    async def reset(self, *, timeout: float | None = None) -> None:
+        await super().reset(timeout=RESET_TIMEOUT if timeout is None else timeout)
+
+
 async def open_pool(dsn: str, *, size: int = 10) -> Pool:
     """Connect to PostgreSQL, waiting for a server that is still starting.
 
@@ -69,7 +78,14 @@ async def open_pool(dsn: str, *, size: int = 10) -> Pool:
         InvalidInput: the DSN is none, or the server knows no such user, password or database.
     """
     try:
-        pool = await asyncpg.create_pool(dsn, min_size=0, max_size=size, command_timeout=COMMAND_TIMEOUT)
+        pool = await asyncpg.create_pool(
+            dsn,
+            min_size=0,
+            max_size=size,
+            timeout=CONNECT_TIMEOUT,
+            command_timeout=COMMAND_TIMEOUT,
+            connection_class=_Connection,
+        )
         try:
             await _answer(pool)
         except BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import shutil
 import socket
 import subprocess
@@ -25,27 +26,51 @@ from esper_core.store.postgres import migrate, open_pool
 Start = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 
-async def connect(endpoints: Endpoints, name: str = "test") -> Bus:
-    password = endpoints.nats_password.get_secret_value() if endpoints.nats_password else None
-    return await Bus.connect(endpoints.nats_url, endpoints.nats_user, password, name)
-
-
-@pytest.fixture
-async def bus(stack: Endpoints) -> AsyncIterator[Bus]:
-    bus = await connect(stack)
-    await bus.provision()
-    for stream in STREAMS:
-        for consumer in await bus.jetstream.consumers_info(stream.name):
-            await bus.jetstream.delete_consumer(stream.name, consumer.name)
-        await bus.jetstream.purge_stream(stream.name)
+@pytest.fixture(scope="module")
+async def connection(stack: Endpoints) -> AsyncIterator[Bus]:
+    """A connection to the stack's NATS server."""
+    password = stack.nats_password.get_secret_value() if stack.nats_password else None
+    bus = await Bus.connect(stack.nats_url, stack.nats_user, password, "test")
     yield bus
     await bus.close()
 
 
 @pytest.fixture
-async def pool(database: str) -> AsyncIterator[asyncpg.Pool]:
-    await migrate(database, {"bus": SCHEMA})
-    pool = await open_pool(database)
+async def bus(connection: Bus) -> Bus:
+    """A provisioned bus with empty streams and without consumers."""
+    await connection.provision()
+    for stream in STREAMS:
+        for consumer in await connection.jetstream.consumers_info(stream.name):
+            await connection.jetstream.delete_consumer(stream.name, consumer.name)
+        await connection.jetstream.purge_stream(stream.name)
+    return connection
+
+
+@pytest.fixture(scope="module")
+async def dsn(stack: Endpoints) -> AsyncIterator[str]:
+    """A database with the bus's schema. No connection of this fixture is open meanwhile: tests kill the server."""
+    name, main = f"bus_{secrets.token_hex(6)}", stack.postgres_dsn.get_secret_value()
+
+    async def execute(statement: str) -> None:
+        connection = await asyncpg.connect(main)
+        await connection.execute(statement)
+        await connection.close()
+
+    await execute(f'CREATE DATABASE "{name}" STRATEGY = file_copy')
+    dsn = main.replace("/esper?", f"/{name}?")
+    await migrate(dsn, {"bus": SCHEMA})
+    yield dsn
+    await execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+async def pool(dsn: str) -> AsyncIterator[asyncpg.Pool]:
+    """Empty tables of the bus, and one named ``effects``."""
+    pool = await open_pool(dsn)
+    await pool.execute(
+        "TRUNCATE bus.outbox, bus.inbox, bus.streams, bus.dead_letters RESTART IDENTITY;"
+        "DROP TABLE IF EXISTS effects; CREATE TABLE effects (position serial, epoch int)"
+    )
     yield pool
     await asyncio.wait_for(pool.close(), 5)
 

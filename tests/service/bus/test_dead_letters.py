@@ -48,12 +48,7 @@ POISON = {
 }
 
 
-@pytest.fixture
-async def table(pool: asyncpg.Pool) -> None:
-    await pool.execute("CREATE TABLE effects (position serial, epoch int)")
-
-
-async def test_no_poison_stops_the_line(bus: Bus, pool: asyncpg.Pool, table: None, start: Start) -> None:
+async def test_no_poison_stops_the_line(bus: Bus, pool: asyncpg.Pool, start: Start) -> None:
     for number, (data, _) in enumerate(POISON.values()):
         await bus.publish_bytes(SUBJECT, data, message_id=f"poison {number}")
         await bus.publish(SUBJECT, epoch(number))
@@ -77,7 +72,7 @@ async def test_the_stream_itself_refuses_giants(bus: Bus) -> None:
 
 
 async def test_a_handler_that_always_fails_is_tried_so_often_and_then_it_is_put_aside(
-    bus: Bus, pool: asyncpg.Pool, table: None, start: Start
+    bus: Bus, pool: asyncpg.Pool, start: Start
 ) -> None:
     tries = 0
 
@@ -100,9 +95,7 @@ async def test_a_handler_that_always_fails_is_tried_so_often_and_then_it_is_put_
     assert row["data"] == bad.SerializeToString()
 
 
-async def test_a_letter_can_be_replayed_once_its_cause_is_gone(
-    bus: Bus, pool: asyncpg.Pool, table: None, start: Start
-) -> None:
+async def test_a_letter_can_be_replayed_once_its_cause_is_gone(bus: Bus, pool: asyncpg.Pool, start: Start) -> None:
     broken = True
 
     async def handler(connection: asyncpg.Connection, event: Event) -> None:

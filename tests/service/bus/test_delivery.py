@@ -22,14 +22,7 @@ from tests.service.bus.events import RUN, SUBJECT, effects, epoch, record, write
 QUICK = (0.01, 0.01)
 
 
-@pytest.fixture
-async def table(pool: asyncpg.Pool) -> None:
-    await pool.execute("CREATE TABLE effects (position serial, epoch int)")
-
-
-async def test_from_a_transaction_to_its_effect_in_order(
-    bus: Bus, pool: asyncpg.Pool, table: None, start: Start
-) -> None:
+async def test_from_a_transaction_to_its_effect_in_order(bus: Bus, pool: asyncpg.Pool, start: Start) -> None:
     start(relay(pool, bus))
     start(consume(pool, bus, durable="effects", subjects=[EPOCH_EVENTS.all, KASMINA_COMMANDS.all], handler=write))
     await record(pool, *range(20))
@@ -87,7 +80,7 @@ async def test_only_one_relay_publishes_and_another_takes_over(bus: Bus, pool: a
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(copies=st.lists(st.integers(1, 5), min_size=1, max_size=6))
-async def test_one_to_five_copies_have_one_effect(bus: Bus, pool: asyncpg.Pool, table: None, copies: list[int]) -> None:
+async def test_one_to_five_copies_have_one_effect(bus: Bus, pool: asyncpg.Pool, copies: list[int]) -> None:
     """Copies under different message ids, so that the server's own window does not help."""
     await pool.execute("TRUNCATE effects")
     await bus.jetstream.purge_stream(FACTS.name)
@@ -104,7 +97,7 @@ async def test_one_to_five_copies_have_one_effect(bus: Bus, pool: asyncpg.Pool, 
 
 
 async def test_a_lost_acknowledgement_has_no_second_effect(
-    bus: Bus, pool: asyncpg.Pool, table: None, start: Start, monkeypatch: pytest.MonkeyPatch
+    bus: Bus, pool: asyncpg.Pool, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process dies after the commit and before the acknowledgement, three times."""
     from nats.aio.msg import Msg
@@ -128,9 +121,7 @@ async def test_a_lost_acknowledgement_has_no_second_effect(
     assert await effects(pool) == [7]
 
 
-async def test_a_failing_handler_leaves_nothing_and_is_tried_again(
-    bus: Bus, pool: asyncpg.Pool, table: None, start: Start
-) -> None:
+async def test_a_failing_handler_leaves_nothing_and_is_tried_again(bus: Bus, pool: asyncpg.Pool, start: Start) -> None:
     tried: list[int] = []
 
     async def flaky(connection: asyncpg.Connection, event: Event) -> None:
@@ -148,9 +139,7 @@ async def test_a_failing_handler_leaves_nothing_and_is_tried_again(
     assert await pool.fetchval("SELECT count(*) FROM bus.dead_letters") == 0
 
 
-async def test_a_dependency_that_is_away_costs_no_attempt(
-    bus: Bus, pool: asyncpg.Pool, table: None, start: Start
-) -> None:
+async def test_a_dependency_that_is_away_costs_no_attempt(bus: Bus, pool: asyncpg.Pool, start: Start) -> None:
     tries = 0
 
     async def needy(connection: asyncpg.Connection, event: Event) -> None:
@@ -166,9 +155,7 @@ async def test_a_dependency_that_is_away_costs_no_attempt(
     assert await pool.fetchval("SELECT count(*) FROM bus.dead_letters") == 0
 
 
-async def test_consumers_of_one_name_share_and_of_two_names_do_not(
-    bus: Bus, pool: asyncpg.Pool, table: None, start: Start
-) -> None:
+async def test_consumers_of_one_name_share_and_of_two_names_do_not(bus: Bus, pool: asyncpg.Pool, start: Start) -> None:
     for name in ("one", "one", "two"):
         start(consume(pool, bus, durable=name, subjects=[EPOCH_EVENTS.all], handler=write, ordered=name == "two"))
     for number in range(10):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import signal
-from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
@@ -24,28 +22,8 @@ from tests.service.bus.conftest import NatsServer, Start, until
 from tests.service.bus.events import SUBJECT, effects, epoch, record, write
 
 
-@pytest.fixture
-async def database(stack: Endpoints) -> AsyncIterator[str]:
-    """As the one for everybody, but it holds no connection during the test, which may kill the server."""
-    name, dsn = f"fault_{secrets.token_hex(6)}", stack.postgres_dsn.get_secret_value()
-
-    async def execute(statement: str) -> None:
-        connection = await asyncpg.connect(dsn)
-        await connection.execute(statement)
-        await connection.close()
-
-    await execute(f'CREATE DATABASE "{name}" STRATEGY = file_copy')
-    yield dsn.replace("/esper?", f"/{name}?")
-    await execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-
-
-@pytest.fixture
-async def table(pool: asyncpg.Pool) -> None:
-    await pool.execute("CREATE TABLE effects (position serial, epoch int)")
-
-
 async def test_a_killed_nats_server_loses_nothing_and_repeats_nothing(
-    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, table: None, start: Start
+    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, start: Start
 ) -> None:
     start(relay(pool, own_bus))
     start(consume(pool, own_bus, durable="effects", subjects=[EPOCH_EVENTS.all], handler=write))
@@ -59,7 +37,7 @@ async def test_a_killed_nats_server_loses_nothing_and_repeats_nothing(
 
 
 async def test_a_wiped_jetstream_is_filled_again_and_nothing_happens_twice(
-    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, table: None, start: Start
+    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, start: Start
 ) -> None:
     start(relay(pool, own_bus))
     early = start(consume(pool, own_bus, durable="early", subjects=[EPOCH_EVENTS.all], handler=write))
@@ -77,6 +55,28 @@ async def test_a_wiped_jetstream_is_filled_again_and_nothing_happens_twice(
     await until(lambda: _sent(pool, 10))
     assert await effects(pool) == list(range(10))
     assert (await own_bus.stream_info(FACTS)).state.messages == 10
+
+
+@pytest.mark.parametrize("where", [0.05, 0.5, 0.99])
+async def test_a_flipped_bit_in_the_store_loses_nothing(
+    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, start: Start, where: float
+) -> None:
+    early = start(relay(pool, own_bus))
+    await record(pool, *range(10))
+    await until(lambda: _sent(pool, 10))
+    early.cancel()
+    server.kill()
+    block = next(server.store.rglob("ESPER_FACTS/msgs/*.blk"))
+    raw = bytearray(block.read_bytes())
+    raw[int(where * len(raw))] ^= 0x10
+    block.write_bytes(raw)
+    for index in block.parent.glob("index.db"):
+        index.unlink()
+    server.start()
+    start(relay(pool, own_bus))
+    start(consume(pool, own_bus, durable="effects", subjects=[EPOCH_EVENTS.all], handler=write))
+    await until(lambda: _count(pool, 10), 30)
+    assert sorted(await effects(pool)) == list(range(10))
 
 
 async def test_a_stream_that_lost_its_end_or_its_beginning_is_filled_again(own_bus: Bus, pool: asyncpg.Pool) -> None:
@@ -108,7 +108,7 @@ async def test_a_stream_that_lost_its_end_or_its_beginning_is_filled_again(own_b
 
 
 async def test_a_killed_postgres_loses_nothing_and_repeats_nothing(
-    stack: Endpoints, bus: Bus, pool: asyncpg.Pool, table: None, start: Start
+    stack: Endpoints, bus: Bus, pool: asyncpg.Pool, start: Start
 ) -> None:
     tasks = [
         start(relay(pool, bus)),
@@ -154,7 +154,7 @@ async def test_wrong_credentials_say_so(stack: Endpoints) -> None:
 
 
 async def test_a_spool_outlives_kills_and_a_wiped_jetstream(
-    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, table: None, start: Start, tmp_path: object
+    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, start: Start, tmp_path: object
 ) -> None:
     """A run's facts reach the database although JetStream forgot what it had acknowledged to the spool."""
     spool = Spool(server.store.parent / "spool")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import secrets
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,10 +19,23 @@ DATA = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
 
-@pytest.fixture
-async def blobs(bucket: Endpoints) -> AsyncIterator[Blobs]:
+@pytest.fixture(scope="module")
+async def bucket(stack: Endpoints) -> Endpoints:
+    """The endpoints with a bucket for this module in them."""
+    return stack.model_copy(update={"s3_bucket": f"blobs-{secrets.token_hex(6)}"})
+
+
+@pytest.fixture(scope="module")
+async def opened(bucket: Endpoints) -> AsyncIterator[Blobs]:
     async with await Blobs.open(bucket) as blobs:
         yield blobs
+
+
+@pytest.fixture
+async def blobs(opened: Blobs) -> Blobs:
+    """An open bucket without the bytes these tests put."""
+    await opened.delete(DIGEST)
+    return opened
 
 
 def on_disk(bucket: Endpoints, digest: str) -> Path:
