@@ -74,7 +74,7 @@ class HeuristicPolicy:
         open_slots = [slot for slot in packet.slots if slot.state is State.DORMANT]
         abstentions: list[Reason] = []
         if _mute(open_slots):
-            ranked = [_turn(open_slots)]
+            ranked = _turns(packet.epoch, open_slots)
         else:
             ranked, abstentions = self._rank(packet.epoch, open_slots)
         choices: list[Choice] = []
@@ -222,8 +222,9 @@ def _mute(slots: list[SlotState]) -> bool:
     )
 
 
-def _turn(slots: list[SlotState]) -> tuple[SlotState, list[Reason]]:
-    """The dead slot that has had the fewest turns."""
-    dead = [slot for slot in slots if slot.health.dead_unit_ratio == 1.0]
-    chosen = min(dead, key=lambda slot: slot.generation)
-    return chosen, [Reason(code=ReasonCode.TURN, detail="every signal is mute: dead layers take turns")]
+def _turns(epoch: int, slots: list[SlotState]) -> list[tuple[SlotState, list[Reason]]]:
+    """The dead slots that do not rest, those with the fewest turns so far first."""
+    dead = [slot for slot in slots if slot.health.dead_unit_ratio == 1.0 and slot.embargo_until_epoch <= epoch]
+    dead.sort(key=lambda slot: slot.generation)
+    turn = Reason(code=ReasonCode.TURN, detail="every signal is mute: dead layers take turns")
+    return [(slot, [turn]) for slot in dead]

@@ -33,6 +33,7 @@ _ACTIVATIONS = {
     "aten.tanh.default": "tanh",
     "aten.sigmoid.default": "sigmoid",
 }
+_LAYERS = {"aten.linear.default", "aten.conv2d.default", "aten.conv2d.padding"}
 _NEUTRAL = {"aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default"}
 
 
@@ -123,7 +124,7 @@ class _Reader:
         self.nodes = list(exported.graph.nodes)
         owner: dict[torch.fx.Node, str] = {}
         for node in self.nodes:
-            if str(node.target) not in ("aten.linear.default", "aten.conv2d.default"):
+            if str(node.target) not in _LAYERS:
                 continue
             weight = parameters.get(getattr(node.args[1], "name", ""), "")
             path, _, leaf = aliases.get(id(named.get(weight)), weight).rpartition(".")
