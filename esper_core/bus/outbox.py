@@ -97,8 +97,8 @@ async def _work(pool: Pool, connection: Connection, bus: Bus, wake: asyncio.Even
     while True:
         now = SYSTEM.monotonic()
         if bus.server_id != server or now - inspected > INSPECT:
-            server, inspected = bus.server_id, now
-            await rebuild(pool, bus)
+            fresh, server, inspected = bus.server_id != server, bus.server_id, now
+            await rebuild(pool, bus, thorough=fresh)
         if now - swept > SWEEP:
             swept = now
             await _sweep(connection)

@@ -18,8 +18,7 @@ CREATE INDEX outbox_place ON bus.outbox (stream, stream_sequence) WHERE sent IS 
 -- The incarnation of each stream the outbox published into; another one means that it was wiped.
 CREATE TABLE bus.streams (
     name text PRIMARY KEY,
-    created timestamptz NOT NULL,
-    deleted bigint NOT NULL DEFAULT 0     -- holes that were already repaired
+    created timestamptz NOT NULL
 );
 
 CREATE TABLE bus.inbox (

@@ -135,6 +135,13 @@ class NatsServer:
             self.process.wait()
             self.process = None
 
+    def stop(self) -> None:
+        """As an operator stops it."""
+        if self.process:
+            self.process.terminate()
+            self.process.wait(10)
+            self.process = None
+
     def wipe(self) -> None:
         shutil.rmtree(self.store)
 

@@ -57,21 +57,20 @@ async def test_a_wiped_jetstream_is_filled_again_and_nothing_happens_twice(
     assert (await own_bus.stream_info(FACTS)).state.messages == 10
 
 
-@pytest.mark.parametrize("where", [0.05, 0.5, 0.99])
+@pytest.mark.parametrize(("where", "gently"), [(0.05, True), (0.52, True), (0.52, False)])
 async def test_a_flipped_bit_in_the_store_loses_nothing(
-    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, start: Start, where: float
+    server: NatsServer, own_bus: Bus, pool: asyncpg.Pool, start: Start, where: float, gently: bool
 ) -> None:
+    """After a gentle stop the server trusts its index, and passes over the message without a word."""
     early = start(relay(pool, own_bus))
     await record(pool, *range(10))
     await until(lambda: _sent(pool, 10))
     early.cancel()
-    server.kill()
+    server.stop() if gently else server.kill()
     block = next(server.store.rglob("ESPER_FACTS/msgs/*.blk"))
     raw = bytearray(block.read_bytes())
     raw[int(where * len(raw))] ^= 0x10
     block.write_bytes(raw)
-    for index in block.parent.glob("index.db"):
-        index.unlink()
     server.start()
     start(relay(pool, own_bus))
     start(consume(pool, own_bus, durable="effects", subjects=[EPOCH_EVENTS.all], handler=write))
@@ -79,31 +78,29 @@ async def test_a_flipped_bit_in_the_store_loses_nothing(
     assert sorted(await effects(pool)) == list(range(10))
 
 
-async def test_a_stream_that_lost_its_end_or_its_beginning_is_filled_again(own_bus: Bus, pool: asyncpg.Pool) -> None:
+async def test_what_a_stream_lost_is_published_again_and_nothing_else(own_bus: Bus, pool: asyncpg.Pool) -> None:
     async def publish() -> int:
         async with pool.acquire() as connection:
             return await publish_batch(pool, connection, own_bus)
 
+    async def mended(lost: int) -> None:
+        assert await rebuild(pool, own_bus) == {FACTS.name: lost}
+        assert await publish() == lost
+        assert await rebuild(pool, own_bus) == {}
+
     assert await rebuild(pool, own_bus) == {}
-    await record(pool, 1, 2, 3, 4)
-    assert await publish() == 4
-    assert await rebuild(pool, own_bus) == {}
-    await own_bus.jetstream.delete_msg(FACTS.name, 4)
-    assert await rebuild(pool, own_bus) == {FACTS.name: 4}
-    assert await publish() == 4
+    await record(pool, *range(6))
+    assert await publish() == 6
     assert await rebuild(pool, own_bus) == {}
 
-    places = "SELECT min(stream_sequence), max(stream_sequence) FROM bus.outbox"
-    first, last = await pool.fetchrow(places)
-    await own_bus.jetstream.purge_stream(FACTS.name, seq=last)
-    assert await rebuild(pool, own_bus) == {FACTS.name: 4}
-    assert await publish() == 4
-    assert await rebuild(pool, own_bus) == {}
-
-    first, last = await pool.fetchrow(places)
-    await own_bus.jetstream.delete_msg(FACTS.name, (first + last) // 2)
-    assert await rebuild(pool, own_bus) == {FACTS.name: 4}
-    assert await publish() == 4
+    await own_bus.jetstream.delete_msg(FACTS.name, 3)
+    assert await rebuild(pool, own_bus, thorough=False) == {}
+    await mended(1)  # lies at 7 now
+    await own_bus.jetstream.purge_stream(FACTS.name, seq=3)
+    await mended(2)  # 8, 9
+    await own_bus.jetstream.delete_msg(FACTS.name, 9)
+    assert await rebuild(pool, own_bus, thorough=False) == {FACTS.name: 6}
+    assert await publish() == 6
     assert await rebuild(pool, own_bus) == {}
 
 
