@@ -114,8 +114,8 @@ async def test_metrics_tell_what_happened(stage: Stage, run_id: str) -> None:
 
     async def counted() -> Mapping[str, float] | None:
         now = await scrape(stage)
-        key = 'esper_runs{state="finished"}'
-        return now if now.get(key, 0) > before.get(key, 0) else None
+        key, last = 'esper_runs{state="finished"}', f'esper_validation_accuracy{{run="{run_id}"}}'
+        return now if now.get(key, 0) > before.get(key, 0) and last in now else None
 
     after = await until(counted)
 
