@@ -67,9 +67,7 @@ class Supervisor:
         waiter.cancel()
         broken = [keeper for keeper in keepers.values() if keeper.done()]
         for child in reversed(self._children):
-            keeper = keepers[child.name]
-            keeper.cancel()
-            await asyncio.wait([keeper])
+            await _ended(keepers[child.name])
             await self._end(child)
         for keeper in broken:
             keeper.result()  # a defect of ours ended the supervision: say so, now that nothing is left running
@@ -109,9 +107,9 @@ class Supervisor:
         try:
             code = await process.wait()
         finally:
-            watching.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watching
+            await _ended(watching)
+            if not watching.cancelled():
+                watching.result()  # it has no end of its own: this raises what was wrong with it
         sweep(process.pid)
         del self._processes[child.name]
         how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
@@ -152,6 +150,13 @@ class Supervisor:
             state.write(self._layout.state, known)
         except OSError as error:  # a full disk must not take the supervision away
             _log.error("state not written", error=error.strerror)
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Cancel ``task`` until it heeds it: Python 3.11's ``wait_for`` swallows a cancellation that comes as its work ends."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.1)
 
 
 def clear_orphans(layout: Layout) -> list[str]:

@@ -90,6 +90,16 @@ class Training:
 
         await until(there, seconds)
 
+    async def becomes(self, state: State, seconds: float = 120) -> None:
+        """Wait until one of its seeds has gone to ``state``."""
+
+        async def there() -> bool:
+            events = [event for line in self.boundaries() for event in line.get("events", ())]
+            assert self.lives, f"ended with {self.process.returncode}: {self.stderr}"
+            return any(event["target"] == state for event in events)
+
+        await until(there, seconds)
+
     async def ends(self, seconds: float = 120) -> int:
         """Wait for its end; the exit code."""
 

@@ -11,6 +11,7 @@ from collections import Counter
 
 from esper_core.cli.platform import Platform, dial
 from esper_core.errors import Unavailable
+from esper_core.lifecycle import State
 from esper_core.local import stack as local_stack
 from esper_core.pb.esper.core.v1 import run_pb2
 from esper_core.pb.esper.nissa.v1 import nissa_pb2
@@ -33,7 +34,7 @@ ALONE = {
 
 async def test_training_goes_on_without_the_platform_and_tells_it_everything_later(platform: Living) -> None:
     left = platform.train("left", "--no-twin", settings=LEFT)
-    await left.reaches(5)
+    await left.becomes(State.TRAINING)
     assert await asyncio.to_thread(local_stack.down, platform.config)
     try:
         gone = len(left.boundaries())
