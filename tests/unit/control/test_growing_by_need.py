@@ -61,5 +61,5 @@ def test_a_narrow_network_grows_at_its_bottleneck_and_gets_better(seed: int) -> 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_healthy_network_is_left_alone(seed: int) -> None:
-    _, events, _ = live((25, 32, 32, 32, 10), seed, 40, grow=True)
+    _, events, _ = live((25, 32, 32, 32, 10), seed, 30, grow=True)
     assert events == []

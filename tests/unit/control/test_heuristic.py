@@ -307,7 +307,7 @@ def packets(draw: st.DrawFn) -> SystemStatePacket:
     return SystemStatePacket(run_id="run", epoch=draw(st.integers(0, 20)), slots=tuple(slots), budget=budget)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(packets(), st.integers(1, 4), st.integers(0, 2))
 def test_no_packet_makes_it_overstep(packet: SystemStatePacket, in_flight: int, per_epoch: int) -> None:
     policy = HeuristicPolicy(HeuristicSettings(in_flight=in_flight, adaptations_per_epoch=per_epoch))

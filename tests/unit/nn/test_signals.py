@@ -220,15 +220,15 @@ def test_many_positions_are_thinned_and_still_tell_the_same() -> None:
     """Where a batch has more rows than are kept, every k-th is, from other places of every sample: the same figure, roughly."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.Flatten())
-    model.append(nn.Linear(2 * 16 * 16, 3))
-    scenes = torch.randn(3, 1, 16, 16)
+    model.append(nn.Linear(2 * 11 * 13, 3))
+    scenes = torch.randn(3, 1, 11, 13)
     classes = [torch.randint(3, (16,)) for _ in range(4)]
-    data = [(scenes[targets] + 0.1 * torch.randn(16, 1, 16, 16), targets) for targets in classes]
+    data = [(scenes[targets] + 0.1 * torch.randn(16, 1, 11, 13), targets) for targets in classes]
     host = wrap(model, data[0][0])
     (reading,) = measure(host, host.slots.values(), data, LOSS, LIMITS).values()
-    assert 2 * MAX_ROWS < reading.evidence.samples <= 4 * MAX_ROWS < 4 * 16 * 256
+    assert 2 * MAX_ROWS < reading.evidence.samples <= 4 * MAX_ROWS < 4 * 16 * 143
     seen = sights(model, 0, 2, data)
-    whole = formulas(*(np.vstack([getattr(s, k) for s in seen]) for k in ("entering", "inner", "descent")), 1.0, 256)  # type: ignore[arg-type]
+    whole = formulas(*(np.vstack([getattr(s, k) for s in seen]) for k in ("entering", "inner", "descent")), 1.0, 143)  # type: ignore[arg-type]
     assert reading.evidence.gain == pytest.approx(whole.gain, rel=0.5)
 
 
