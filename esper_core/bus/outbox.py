@@ -19,7 +19,7 @@ from esper_core.bus.database import Connection, Pool
 from esper_core.bus.dead import bury
 from esper_core.bus.envelope import check_belongs
 from esper_core.bus.mark import generation_id
-from esper_core.bus.patience import persist
+from esper_core.bus.patience import heed_cancellation, persist
 from esper_core.bus.rebuild import rebuild
 from esper_core.bus.subjects import stream_of
 from esper_core.clock import SYSTEM
@@ -95,6 +95,7 @@ async def _lead(pool: Pool, bus: Bus) -> None:
 async def _work(pool: Pool, connection: Connection, bus: Bus, wake: asyncio.Event) -> None:
     server, inspected, swept = "", 0.0, 0.0
     while True:
+        heed_cancellation()
         now = SYSTEM.monotonic()
         if bus.server_id != server or now - inspected > INSPECT:
             fresh, server, inspected = bus.server_id != server, bus.server_id, now

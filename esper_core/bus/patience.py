@@ -5,6 +5,7 @@ Only what is known to pass is waited out; anything else propagates to whoever su
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from math import inf
 
@@ -33,6 +34,17 @@ HEALTHY = 30.0  # seconds of work after which the pauses begin small again
 _log = log.get("bus")
 
 
+def heed_cancellation() -> None:
+    """Raise CancelledError when this task was asked to end and something on the way swallowed it.
+
+    nats-py does when the connection closes meanwhile, and so does Python 3.11's ``wait_for`` when what it waits for
+    comes at the same moment. Every loop that runs for ever calls this in each round.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
 async def insist(work: Callable[[], Awaitable[None]], away: tuple[type[Exception], ...], seconds: float = inf) -> None:
     """Do ``work`` once, trying again with growing pauses while it raises what is in ``away``.
 
@@ -41,6 +53,7 @@ async def insist(work: Callable[[], Awaitable[None]], away: tuple[type[Exception
     """
     begun, pause = SYSTEM.monotonic(), PAUSE_FIRST
     while True:
+        heed_cancellation()
         try:
             return await work()
         except away as error:
@@ -59,6 +72,7 @@ async def persist(work: Callable[[], Awaitable[None]], name: str) -> None:
     """
     pause = PAUSE_FIRST
     while True:
+        heed_cancellation()
         begun = SYSTEM.monotonic()
         try:
             await work()

@@ -19,7 +19,7 @@ from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from esper_core import log
 from esper_core.bus.bus import Bus, translated
-from esper_core.bus.patience import persist
+from esper_core.bus.patience import heed_cancellation, persist
 from esper_core.bus.subjects import Stream
 from esper_core.errors import Conflict
 
@@ -83,6 +83,7 @@ async def _session(bus: Bus, stream: Stream, config: ConsumerConfig, take: Take)
     subscription = await _bind(bus, stream, config)
     try:
         while True:
+            heed_cancellation()
             try:
                 messages = await subscription.fetch(1, timeout=FETCH)
             except nats.errors.TimeoutError:

@@ -20,7 +20,7 @@ from esper_core.bus.dead import bury
 from esper_core.bus.envelope import check_belongs
 from esper_core.bus.framing import Record
 from esper_core.bus.mark import Mark, damage, generation_id
-from esper_core.bus.patience import persist
+from esper_core.bus.patience import heed_cancellation, persist
 from esper_core.bus.segments import Place, Segments
 from esper_core.bus.subjects import STREAMS, stream_of
 from esper_core.clock import SYSTEM
@@ -121,6 +121,7 @@ class Spool:
         await self._inspect(bus)
         server, begun = bus.server_id, SYSTEM.monotonic()
         while bus.server_id == server and SYSTEM.monotonic() - begun < INSPECT:
+            heed_cancellation()
             records, self._place = self._segments.read(self._place)
             if not records:
                 await SYSTEM.sleep(LOOK if not self.pending else 0)
