@@ -74,7 +74,7 @@ async def _measured(endpoints: Endpoints, pace: Pace) -> list[Table]:
     ]
     try:
         pace.say("latency")
-        latency = await _latency(pool, ordered, free, pace.rounds(200, 50))
+        latency = await _latency(pool, ordered, free, pace.rounds(200, 30))
         pace.say("throughput")
         rates = [row for number in range(pace.rounds(3, 1)) for row in await _throughput(pool, ordered, free, number)]
     finally:

@@ -41,10 +41,10 @@ def run(pace: Pace) -> list[Table]:
     whole = pace.ground.run(through())
     pace.say("builds and evaluations by warm children")
     alone = pace.ground.run(_alone(pace.rounds(24, 8)))
-    rounds = pace.rounds(12, 3)
+    rounds = pace.rounds(12, 2)
     with driving() as driver:
         pairs = []
-        for threads in (1, 2):
+        for threads in (1,) if pace.quick else (1, 2):
             pace.say(f"training on {threads} threads beside the forge")
             pairs.append(_beside(driver, threads, rounds))
         quiet = _undisturbed(driver, rounds)
