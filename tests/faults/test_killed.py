@@ -36,7 +36,7 @@ from tests.e2e.living import AFTER, Living, Training, until
 T = TypeVar("T")
 VICTIMS = ("nats", "postgres", "s3", "services")
 EXTRA = 1  # further kills of any of them
-PAUSE = 0.1, 1.2  # seconds between kills
+PAUSE = 0.05, 0.8  # seconds between kills
 EPOCHS = 60
 SETTINGS = {
     "optimization": {"epochs": EPOCHS},
