@@ -22,7 +22,7 @@ class GrowthReport:
     Attributes:
         fossilized, culled, rolled_back: grafts by how they ended.
         unfinished: slots whose graft was still under way and had proven itself, so it stayed.
-        dropped: slots whose graft was under way and had not.
+        dropped: slots whose graft was under way and had not, or whose kernel broke after it had been kept.
         added_parameters: host and remaining kernels against the host at the start.
         folded_max_abs_diff: largest change of a held-back output by folding; None when nothing was folded.
         beside: slots whose kernel could not be folded and runs beside the host.
@@ -52,7 +52,7 @@ def harvest(plot: Plot, ledger: Ledger) -> tuple[nn.Module, GrowthReport]:
         if slot.graft is None:
             continue
         state = ledger.seeds[name].state
-        if state is not State.FOSSILIZED and not _proven(plot, slot, state):
+        if slot.graft.broken or (state is not State.FOSSILIZED and not _proven(plot, slot, state)):
             plot.uproot(slot)
             dropped.append(name)
             continue

@@ -71,6 +71,11 @@ class Graft(nn.Module):
         """Failed passes so far. Reads the device once; not for the training step."""
         return self.raised + int(self.faults)
 
+    @property
+    def broken(self) -> bool:
+        """Whether it has lost its say: too many failures, or weights that are not finite. Reads the device."""
+        return self.errors >= BREAKER or not all(bool(p.detach().isfinite().all()) for p in self.kernel.parameters())
+
     def attach(self) -> None:
         """From now on the host's output includes ``alpha`` times the kernel's."""
         if not self._hooks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -68,6 +69,28 @@ def test_a_kernel_beside_the_host_stays_with_the_module() -> None:
     assert report.beside == (SLOT,)
     assert report.fossilized == 1
     assert any(name.startswith("4.graft.") for name in plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(inputs), before)
+
+
+@pytest.mark.parametrize("failures", [0, 3])
+def test_a_kept_kernel_that_broke_later_goes_in_the_end(failures: int) -> None:
+    run = Run("tanh", seed=0)
+    run.epochs(0, 4)
+    germinate(run.grower, SLOT, "low_rank")
+    run.until(State.FOSSILIZED, SLOT, 4)
+    graft = run.host.slots[SLOT].graft
+    assert graft is not None
+    graft.raised = failures
+    if not failures:
+        with torch.no_grad():
+            next(graft.kernel.parameters()).fill_(math.nan)
+    inputs, _ = batches("tanh", 1, seed=30)[0]
+    with torch.no_grad():
+        before = run.host.eval()(inputs)  # it has no say any more
+    plain, report = run.grower.finish()
+    assert report.dropped == (SLOT,)
+    assert report.beside == ()
     with torch.no_grad():
         assert torch.equal(plain.eval()(inputs), before)
 
