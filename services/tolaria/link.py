@@ -145,7 +145,7 @@ class Link:
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
-        work = asyncio.create_task(self._converse())
+        work = asyncio.create_task(self._keep(self._converse()))
         await self._stopping.wait()
         mine = asyncio.current_task()
         others = [task for task in asyncio.all_tasks() if task is not mine]
