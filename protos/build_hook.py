@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,9 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
-class StubsHook(BuildHookInterface):  # type: ignore[misc]
+class StubsHook(BuildHookInterface[Any]):
     """Runs ``protos/generate.py`` before files are collected."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:  # noqa: ARG002
         sys.path.insert(0, str(Path(self.root) / "protos"))
-        from generate import generate
-
-        generate()
+        importlib.import_module("generate").generate()

@@ -39,7 +39,7 @@ def protoc(arguments: list[str]) -> None:
     """Run the bundled protoc; its messages name file and line."""
     from grpc_tools import protoc as compiler
 
-    if compiler.main(["protoc", *arguments]) != 0:
+    if compiler.main(["protoc", *arguments]) != 0:  # type: ignore[no-untyped-call]
         raise SystemExit("protoc refused the contracts; the lines above say where")
 
 
