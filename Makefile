@@ -49,7 +49,7 @@ demo: $(READY) $(STUBS) ## Start everything, grow a network on real data, show w
 	@sh deploy/demo.sh $(BIN)/esperctl
 
 test: $(READY) $(STUBS) ## Run the test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(READY) $(STUBS) ## Format, lint, types, layers, contracts
 	@$(BIN)/ruff format --check -q .
