@@ -100,7 +100,7 @@ class Training:
 
         await until(there, seconds)
 
-    async def ends(self, seconds: float = 120) -> int:
+    async def ends(self, seconds: float = 240) -> int:
         """Wait for its end; the exit code."""
 
         async def over() -> bool:

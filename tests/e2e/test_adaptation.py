@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -30,6 +31,7 @@ from services.tolaria.config import read_run
 from services.tolaria.plane import Offline
 from tests.e2e.living import AFTER, NARROW, RUN, Grown, Living
 
+pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
 EPOCHS = RUN["optimization"]["epochs"]
 LIFE = [State(number) for number in range(State.GERMINATED, State.FOSSILIZED + 1)]
 

@@ -31,6 +31,7 @@ from esper_core.rpc.convert import to_proto
 from services.tolaria.command import main as train
 from tests.e2e.living import AFTER, NARROW, Grown, Living, until
 
+pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
 BLUEPRINT = """
 name: odd
 layouts: [FEATURES]
@@ -74,7 +75,10 @@ CASES: dict[str, tuple[int, str, str, tuple[str, ...]]] = {
     "nobody to train with": (3, "no platform under", "--offline", ("train", "digits", "--data-dir", "empty")),
     "unknown event type": (3, "Seedevent", "'SeedEvent'", ("bus", "events", "--type", "Seedevent")),
 }
-HEAVY = {"tokens wanted", "no such span", "no such data", "nothing to resume", "nobody to train with"}
+HEAVY = {
+    *("images wanted", "tokens wanted", "no such span", "no such data"),
+    *("nothing to resume", "nobody to train with"),
+}
 """Each of these would import torch anew, for as many seconds; they are asked of the trainer's own command line here."""
 
 

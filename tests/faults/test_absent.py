@@ -9,6 +9,8 @@ import json
 import re
 from collections import Counter
 
+import pytest
+
 from esper_core.cli.platform import Platform, dial
 from esper_core.errors import Unavailable
 from esper_core.lifecycle import State
@@ -19,6 +21,7 @@ from esper_core.pb.esper.tamiyo.v1 import tamiyo_pb2
 from esper_core.pb.esper.tolaria.v1 import tolaria_pb2
 from tests.e2e.living import Living, Training, until
 
+pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
 LONG, SHORT = 40, 4
 LEFT = {
     "optimization": {"epochs": LONG},

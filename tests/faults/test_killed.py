@@ -1,5 +1,9 @@
 """Servers are killed at random moments while a network grows: the run ends well, everything heals, nothing that was
 acknowledged is lost and nothing happens twice.
+
+What it has found so far (seed, fault, what was wrong):
+    4  postgres  calls that met its recovery were told INTERNAL, which nobody repeats; now UNAVAILABLE
+    7  nats      killed while it was asked how it is, it was never started again: the question swallowed its cancellation
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import grpc
+import pytest
 
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.bus import subjects
@@ -33,6 +38,7 @@ from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import from_proto
 from tests.e2e.living import AFTER, Living, Training, until
 
+pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
 T = TypeVar("T")
 VICTIMS = ("nats", "postgres", "s3", "services")
 EXTRA = 1  # further kills of any of them

@@ -29,6 +29,7 @@ from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.client import open_channel
 from tests.e2e.living import NARROW, Living, until
 
+pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
 RUN = "poisoned"
 LISTENERS = {
     subjects.RUN_EVENTS: {"tezzeret-runs", "tolaria-runs", "kasmina-seeds", "nissa"},
