@@ -51,9 +51,9 @@ def own_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 async def endpoints(stack: Endpoints, own_nats: str) -> AsyncIterator[Endpoints]:
     """The stack with a NATS, a database, a bucket and ports of our own."""
     dsn = stack.postgres_dsn.get_secret_value()
-    connection = await asyncpg.connect(dsn)
-    await connection.execute("DROP DATABASE IF EXISTS innovation WITH (FORCE)")
-    await connection.execute("CREATE DATABASE innovation STRATEGY = file_copy")
+    await _administer(
+        dsn, "DROP DATABASE IF EXISTS innovation WITH (FORCE)", "CREATE DATABASE innovation STRATEGY = file_copy"
+    )
     grpc = f"127.0.0.1:{free_port()}"
     yield stack.model_validate(
         {
@@ -68,8 +68,17 @@ async def endpoints(stack: Endpoints, own_nats: str) -> AsyncIterator[Endpoints]
             "metrics_port": free_port(),
         }
     )
-    await connection.execute("DROP DATABASE innovation WITH (FORCE)")
-    await connection.close()
+    await _administer(dsn, "DROP DATABASE innovation WITH (FORCE)")
+
+
+async def _administer(dsn: str, *statements: str) -> None:
+    """On a connection of its own: others kill the server during a session."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        for statement in statements:
+            await connection.execute(statement)
+    finally:
+        await connection.close()
 
 
 @pytest.fixture(scope="session")
