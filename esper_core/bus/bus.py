@@ -217,7 +217,10 @@ class Bus:
     async def close(self) -> None:
         """Send what is written and leave; safe to repeat and while disconnected."""
         if not self.client.is_closed:
-            await self.client.close()
+            try:
+                await self.client.close()
+            except OSError as error:  # the line is broken: there is nobody to say good-bye to
+                _log.info("bus.left_unsaid", error=str(error))
 
 
 def _config(stream: Stream) -> StreamConfig:

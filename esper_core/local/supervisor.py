@@ -108,8 +108,6 @@ class Supervisor:
             code = await process.wait()
         finally:
             await _ended(watching)
-            if not watching.cancelled():
-                watching.result()  # it has no end of its own: this raises what was wrong with it
         sweep(process.pid)
         del self._processes[child.name]
         how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
@@ -122,7 +120,9 @@ class Supervisor:
             now = self._states[child.name]
             try:
                 await child.ready()
-            except (EsperError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - however the question fails, the answer is no; we must go on
+                if not isinstance(error, (EsperError, OSError)):
+                    _log.error("question failed", child=child.name, exc_info=error)
                 phase = Phase.UNHEALTHY if now.seconds is not None else Phase.STARTING
                 if (now.phase, now.message) != (phase, str(error)):
                     self._note(child, phase=phase, healthy=False, message=str(error))

@@ -12,8 +12,11 @@ from tests.e2e.living import Living
 
 
 @pytest.fixture(autouse=True)
-async def mended(platform: Living) -> AsyncIterator[None]:
+async def mended(request: pytest.FixtureRequest) -> AsyncIterator[None]:
     yield
+    if "platform" not in request.fixturenames:
+        return
+    platform: Living = request.getfixturevalue("platform")
     for child in platform.status().children:
         print(f"{child.name}: {child.phase} {child.pid} restarts={child.restarts} {child.message}")
     for name, lines in (("supervisor", 30), ("services", 15), ("postgres", 15)):

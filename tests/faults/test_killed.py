@@ -4,6 +4,8 @@ acknowledged is lost and nothing happens twice.
 What it has found so far (seed, fault, what was wrong):
     4  postgres  calls that met its recovery were told INTERNAL, which nobody repeats; now UNAVAILABLE
     7  nats      killed while it was asked how it is, it was never started again: the question swallowed its cancellation
+    38 postgres  killed while it was asked how it is, the question failed oddly and took the supervisor with it
+    38 nats      a run that ended while it was away showed a traceback: closing the connection raised
 """
 
 from __future__ import annotations
