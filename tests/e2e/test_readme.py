@@ -1,8 +1,10 @@
-"""The README's captioned tree is true: what it names exists, what exists is named, and the root holds what belongs there."""
+"""The README's captioned tree is true: what it names exists, what exists is named, the root holds what belongs there; its code runs."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -69,3 +71,13 @@ def test_the_root_holds_what_belongs_there_and_all_of_it_is_named() -> None:
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!https?:|#)([^)]+)\)", README))))
 def test_its_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link.partition("#")[0]).exists()
+
+
+def test_its_own_loop_runs_as_written() -> None:
+    snippet = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippet is not None
+    code = snippet[1] + "\nassert type(plain) is nn.Sequential\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
