@@ -32,13 +32,18 @@ class Figures:
 
 
 def inverse_root(moment: Rows) -> Rows:
-    """S^-½, directions without energy left out."""
-    values, vectors = np.linalg.eigh(moment)
+    """(S + εI)^-½."""
+    values, vectors = np.linalg.eigh(damped(moment))
     total = np.zeros_like(moment)
     for value, vector in zip(values, vectors.T, strict=True):
-        if value > EPSILON * values[-1]:
-            total += np.outer(vector, vector) / math.sqrt(value)
+        total += np.outer(vector, vector) / math.sqrt(value)
     return total
+
+
+def damped(moment: Rows) -> Rows:
+    """ε is a share of the mean eigenvalue."""
+    ridge: Rows = moment + (EPSILON * np.trace(moment) / len(moment) or EPSILON) * np.eye(len(moment))
+    return ridge
 
 
 def formulas(h0: Rows, h: Rows, g: Rows, loss: float, positions: int) -> Figures:
@@ -46,7 +51,7 @@ def formulas(h0: Rows, h: Rows, g: Rows, loss: float, positions: int) -> Figures
     n = len(h0)
     h1 = np.hstack([h, np.ones((n, 1))])
     moment = h1.T @ h1
-    weights = np.linalg.solve(moment + EPSILON * np.trace(moment) / len(moment) * np.eye(len(moment)), h1.T @ g)
+    weights = np.linalg.solve(damped(moment), h1.T @ g)
     orthogonal = g - h1 @ weights
     cross = np.zeros((h0.shape[1], g.shape[1]))
     for entering, wanted in zip(h0, orthogonal, strict=True):
