@@ -256,7 +256,8 @@ def _root(moment: Tensor) -> Tensor:
 
 def _whitened(moment: Tensor, matrix: Tensor) -> Tensor:
     """``moment`` to the power -½ times ``matrix``, up to a rotation; what has no energy in ``moment`` must have none in ``matrix``."""
-    return torch.linalg.solve_triangular(_root(moment), matrix, upper=False)
+    whitened: Tensor = torch.linalg.solve_triangular(_root(moment), matrix, upper=False)
+    return whitened
 
 
 def _confidence(need: float, parts: list[float]) -> float:
