@@ -112,14 +112,16 @@ class Grower:
         """
         began = time.perf_counter()
         loss = self.survey.loss() if train_loss is None else train_loss
+        self.survey.begin(loss)
         events: list[SeedEvent] = self._govern(epoch, loss)
         rolled_back = any(event.target is State.ROLLED_BACK for event in events)
         now = Boundary(self.plot, self.source, self.governor, epoch, loss, self._keep_snapshot)
         for seed in list(self._ledger.seeds.values()):
             events += self._advance(seed, now)
         moved = time.perf_counter()
-        if self._due(epoch):
+        if self._may_decide() and self.survey.due(epoch):
             self.survey.measure(epoch)
+            self.survey.plan(epoch)
         measured = time.perf_counter()
         signal = None
         if self.survey.fresh(epoch):
@@ -139,7 +141,7 @@ class Grower:
             self.command(action.command)
         refused: list[tuple[Command, str]] = []
         while self._ledger.waiting:
-            self._obey(self._ledger.waiting.popleft(), epoch, events, refused)
+            self._obey(self._ledger.waiting.popleft(), now, events, refused)
         rolled_back = rolled_back or any(event.target is State.ROLLED_BACK for event in events)
         return BoundaryReport(
             events=tuple(events),
@@ -211,11 +213,13 @@ class Grower:
             return [event]
         if seed.state not in IN_FLIGHT:
             return []
-        moved = STAGES[seed.state](seed, slot, now)
-        if moved is None:
-            return []
-        self._settle(seed, moved)
-        return [moved]
+        events: list[SeedEvent] = []
+        while seed.state in IN_FLIGHT and (moved := STAGES[seed.state](seed, slot, now)) is not None:
+            self._settle(seed, moved)
+            events.append(moved)
+            if seed.state not in _PREPARING:
+                break
+        return events
 
     def _settle(self, seed: Seed, event: SeedEvent) -> None:
         """What an ending leaves behind."""
@@ -239,16 +243,17 @@ class Grower:
             self._ledger.snapshots[name] = self.plot.snapshot()
 
     def _embargo(self, seed: Seed, epoch: int) -> None:
-        seed.embargo_until = epoch + self.settings.embargo_epochs
+        seed.failures += 1
+        seed.embargo_until = epoch + self.settings.embargo_epochs * 2 ** min(seed.failures - 1, 10)
         self.survey.forget()
 
     def _keep_snapshot(self, seed: Seed) -> None:
         self._ledger.snapshots[seed.slot] = self.plot.snapshot()
 
-    def _due(self, epoch: int) -> bool:
-        """Whether slots are to be measured at this boundary."""
-        since = epoch + 1 - self.settings.warmup_epochs
-        return since >= 0 and since % self.settings.evaluate_every == 0
+    def _may_decide(self) -> bool:
+        """Whether a measurement could change anything: not while all grafts that may be in flight are."""
+        busy = sum(seed.state in IN_FLIGHT for seed in self.seeds)
+        return busy < self.settings.policy.in_flight
 
     def _left(self) -> Budget:
         limit = self.budget.parameters
@@ -258,15 +263,20 @@ class Grower:
         left = None if limit is None else max(0, limit - grown)
         return Budget(parameters=left, adaptations=self.budget.adaptations)
 
-    def _obey(self, command: Command, epoch: int, events: list[SeedEvent], refused: list[tuple[Command, str]]) -> None:
+    def _obey(
+        self, command: Command, now: Boundary, events: list[SeedEvent], refused: list[tuple[Command, str]]
+    ) -> None:
         """Apply a command once; one that cannot be obeyed is answered, not raised: the run goes on."""
         if command.command_id in self._ledger.applied:
             return
         self._ledger.applied.append(command.command_id)
         try:
-            events.append(self._apply(command, epoch))
+            events.append(self._apply(command, now.epoch))
         except EsperError as problem:
             refused.append((command, f"{problem.message}{f' ({problem.hint})' if problem.hint else ''}"))
+            return
+        if events[-1].target is State.GERMINATED:
+            events += self._advance(self._ledger.seeds[command.slot], now)
 
     def _apply(self, command: Command, epoch: int) -> SeedEvent:
         self.plot.host.slot(command.slot)
@@ -313,4 +323,6 @@ class Grower:
         )
 
 
+_PREPARING = frozenset({State.GERMINATED, State.LOADING, State.TRAINING})
+"""While the host knows nothing of a kernel, a seed need not wait for an epoch to take the next step."""
 _ENDS = (State.FOSSILIZED, State.CULLED, State.ROLLED_BACK)

@@ -12,14 +12,15 @@ from esper_core.lifecycle import State, check
 
 MUTABLE = (
     "generation", "since", "kernel_id", "blueprint_id", "blueprint_name", "command_id", "parameters", "germinated_epoch",
-    "reconstruction", "contribution", "contribution_lower", "rent", "lessons", "folded", "fold_difference", "band",
+    "reconstruction", "contribution", "contribution_lower", "rent", "lessons", "folded", "fold_difference", "band", "failures",
 )  # fmt: skip
 """Plain fields that a checkpoint carries over as they are."""
 
 
 @dataclass
 class Seed:
-    """Attributes are those of ``esper.core.v1.Seed`` and what its reports need; ``since`` is the epoch of its last change."""
+    """Attributes are those of ``esper.core.v1.Seed`` and what its reports need; ``since`` is the epoch of its last change,
+    ``failures`` the tries at the slot that failed in a row, this one included."""
 
     run_id: str
     slot: str
@@ -41,6 +42,7 @@ class Seed:
     folded: bool = False
     fold_difference: float | None = None
     band: float = math.inf
+    failures: int = 0
     embargo_until: int = 0
     barred: set[str] = field(default_factory=set)
 
@@ -84,8 +86,10 @@ class Seed:
         return event
 
     def reborn(self) -> Seed:
-        """The slot's next seed: dormant, remembering which blueprints are barred."""
-        return Seed(self.run_id, self.slot, self.generation + 1, since=self.since, barred=set(self.barred))
+        """The slot's next seed: dormant, remembering which blueprints are barred and how many tries have failed in a row."""
+        failures = 0 if self.state is State.FOSSILIZED else self.failures
+        barred = set(self.barred)
+        return Seed(self.run_id, self.slot, self.generation + 1, since=self.since, failures=failures, barred=barred)
 
     def state_dict(self) -> dict[str, object]:
         """What resuming needs, as plain values."""

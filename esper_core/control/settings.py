@@ -22,7 +22,7 @@ class HeuristicSettings(Settings):
     """Act only on slots whose health is below this."""
     confidence_threshold: float = Field(default=0.7, ge=0, le=1)
     """Act only when both of the last two evaluations are at least this sure."""
-    coverage: float = Field(default=0.9, gt=0, le=1)
+    coverage: float = Field(default=0.99, gt=0, le=1)
     """Take the cheapest kernel that covers this share of the first-order gain."""
     adaptations_per_epoch: int = Field(default=2, ge=0, le=2)
     """At most this many germinations at one epoch boundary."""
@@ -46,14 +46,16 @@ class GovernorSettings(Settings):
 class GrowthSettings(Settings):
     """How seeds are measured, moved and judged."""
 
-    warmup_epochs: int = Field(default=10, ge=0)
+    warmup_epochs: int = Field(default=5, ge=0)
     """Epochs before the first evaluation: an undertrained host looks narrow everywhere."""
-    evaluate_every: int = Field(default=5, ge=1)
+    evaluate_every: int = Field(default=2, ge=1)
     """Epochs between evaluations; evidence must hold in two of them."""
+    evaluate_at_most_every: int = Field(default=16, ge=1)
+    """Epochs that may lie between two evaluations: the time doubles with each one that finds all slots healthy."""
     share: float = Field(default=0.5, gt=0, lt=1)
     """Evidence threshold: share of the wanted update that the present span cannot make."""
     gain_of_loss: float = Field(default=0.005, gt=0)
-    """Evidence threshold: first-order gain as a fraction of the loss."""
+    """Evidence threshold: first-order gain as a fraction of the loss that the run began with."""
     policy: HeuristicSettings = HeuristicSettings()
     governor: GovernorSettings = GovernorSettings()
     widths: tuple[int, ...] = (4, 8, 16, 32)
@@ -62,28 +64,30 @@ class GrowthSettings(Settings):
     """How long a slot rests after a cull or a rollback."""
     loading_epochs: int = Field(default=20, ge=1)
     """Boundaries that a kernel may take to arrive before the seed is culled."""
-    training_epochs: int = Field(default=2, ge=1)
+    training_objective: Literal["reconstruction", "straight-through", "task"] = "task"
+    """What an isolated kernel learns: the update the span cannot make, the loss's own gradient, or the loss it would bring."""
+    training_epochs: int = Field(default=1, ge=1)
     """Boundaries of isolated training before the gate."""
-    training_patience: int = Field(default=5, ge=1)
+    training_patience: int = Field(default=2, ge=1)
     """Boundaries of isolated training after which a failing gate culls."""
-    training_steps: int = Field(default=200, ge=1)
+    training_steps: int = Field(default=60, ge=1)
     """Isolated optimiser steps at each of them."""
     training_batch: int = Field(default=256, ge=1)
-    training_learning_rate: float = Field(default=3e-3, gt=0)
+    training_learning_rate: float = Field(default=1e-2, gt=0)
     min_reconstruction: float = Field(default=0.0, lt=1)
-    """Held-back share of the wanted update that the kernel must exceed: what does not carry over to unseen samples is noise."""
-    ramp_epochs: int = Field(default=5, ge=1)
+    """Held-back share of the wanted that the kernel must reach; at 0, one that learnt nothing may go on, silent as it came."""
+    ramp_epochs: int = Field(default=3, ge=1)
     """Epochs alpha takes from 0 to 1."""
     ramp: RampStyle = RampStyle.COSINE
     frozen: Literal["span", "host", "none"] = "span"
     """What holds still from GRAFTING to EVALUATING: the spanned layers, the whole host, or nothing."""
-    settle_epochs: int = Field(default=2, ge=0)
+    settle_epochs: int = Field(default=1, ge=0)
     """Epochs of rest before the counterfactual."""
     settle_patience: int = Field(default=6, ge=1)
     """Epochs after which an unsettled loss is a rollback."""
     settle_sigmas: float = Field(default=3.0, gt=0)
     """Settled = back within this many deviations of the loss before the graft."""
-    fine_tune_epochs: int = Field(default=5, ge=1)
+    fine_tune_epochs: int = Field(default=3, ge=1)
     """Epochs that kernel and host learn together before the last judgement."""
     rent: float = Field(default=0.01, ge=0)
     """Share of the loss that doubling the host's parameters must bring; less growth pays proportionally less."""

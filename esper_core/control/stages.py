@@ -17,7 +17,8 @@ from esper_core.ids import sha256
 from esper_core.lifecycle import State
 from esper_core.nn.counterfactual import Contribution, contribution
 from esper_core.nn.host import Slot
-from esper_core.nn.isolated import amplify, prepare, teach
+from esper_core.nn.isolated import Lesson, amplify, prepare, scale_output, teach
+from esper_core.nn.rehearsal import rehearse
 
 
 def germinated(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent:
@@ -49,38 +50,82 @@ def loading(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
 
 
 def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
-    """Learn, isolated, the update the host cannot make; graft when enough of it can be reconstructed and it lowers the loss."""
+    """Learn, isolated, what the host cannot do; graft what carries over to unseen samples, or a kernel that is silent still.
+
+    What a frozen host has no use for may serve one that learns along: a silent kernel harms nothing, and is judged later.
+    """
     plot, settings = now.plot, now.plot.settings
+    measured = _learn(seed, slot, now)
+    learnt = measured["reconstruction"]
+    seed.reconstruction = learnt if math.isfinite(learnt) else None
+    seed.lessons += 1
+    measured["lessons"] = float(seed.lessons)
+    if seed.lessons < settings.training_epochs:
+        return None
+    finite = all(bool(parameter.isfinite().all()) for parameter in plot.kernel(slot).parameters())
+    if not finite or learnt < settings.min_reconstruction:
+        if finite and seed.lessons < settings.training_patience:
+            return None
+        reason = f"reconstructs {learnt:.3f} of the wanted update after {seed.lessons} lessons: not enough"
+        return seed.advance(State.CULLED, now.epoch, reason, measurements=_finite(measured))
+    alpha = _begin_graft(seed, slot, now)
+    facts = {"isolated": True, "reconstructs": True, "finite": True, "trained_long_enough": True}
+    reason = f"reconstructs {learnt:.3f} of the wanted update"
+    return seed.advance(State.GRAFTING, now.epoch, reason, facts=facts, measurements=_finite(measured), alpha=alpha)
+
+
+def _learn(seed: Seed, slot: Slot, now: Boundary) -> dict[str, float]:
+    """One lesson; what share of the wanted it reached on held-back samples, and what it would take off the probe loss."""
+    plot, settings = now.plot, now.plot.settings
+    assert slot.graft is not None  # noqa: S101
+    drawn = _seed_of(plot.seed, f"{seed.slot}/{seed.generation}", now.epoch)
+    if settings.training_objective == "task":
+        gained = rehearse(
+            plot.host,
+            slot.graft,
+            plot.probe,
+            plot.loss_fn,
+            steps=settings.training_steps,
+            learning_rate=settings.training_learning_rate,
+            seed=drawn,
+        )
+        return {"reconstruction": gained, "probe_gain": gained}
     lesson = prepare(plot.host, slot, plot.probe, plot.loss_fn)
     kernel = plot.kernel(slot)
+    if settings.training_objective == "straight-through":
+        rehearse(
+            plot.host,
+            slot.graft,
+            plot.probe,
+            plot.loss_fn,
+            steps=settings.training_steps,
+            learning_rate=settings.training_learning_rate,
+            seed=drawn,
+            straight_through=True,
+        )
+        gained = _scaled(slot, now, lesson)
+        return {"reconstruction": gained, "probe_gain": gained}
     reconstruction = teach(
         kernel,
         lesson,
         steps=settings.training_steps,
         learning_rate=settings.training_learning_rate,
         batch=settings.training_batch,
-        seed=_seed_of(plot.seed, f"{seed.slot}/{seed.generation}", now.epoch),
+        seed=drawn,
     )
-    seed.reconstruction = reconstruction if math.isfinite(reconstruction) else None
-    seed.lessons += 1
-    if seed.lessons < settings.training_epochs:
-        return None
-    measured = {"reconstruction": reconstruction, "lessons": float(seed.lessons)}
-    finite = all(bool(parameter.isfinite().all()) for parameter in kernel.parameters())
-    reconstructs = finite and reconstruction > settings.min_reconstruction
-    if reconstructs:
-        assert slot.graft is not None  # noqa: S101
-        measured["probe_gain"] = amplify(plot.host, slot.graft, kernel, lesson, plot.probe, plot.loss_fn)
-        reconstructs = measured["probe_gain"] > 0
-    if not reconstructs:
-        if finite and seed.lessons < settings.training_patience:
-            return None
-        reason = f"reconstructs {reconstruction:.3f} of the wanted update after {seed.lessons} lessons: not enough"
-        return seed.advance(State.CULLED, now.epoch, reason, measurements=_finite(measured))
-    alpha = _begin_graft(seed, slot, now)
-    facts = {"isolated": True, "reconstructs": True, "finite": True, "trained_long_enough": True}
-    reason = f"reconstructs {reconstruction:.3f} of the wanted update"
-    return seed.advance(State.GRAFTING, now.epoch, reason, facts=facts, measurements=_finite(measured), alpha=alpha)
+    last = seed.lessons + 1 >= settings.training_epochs and reconstruction >= settings.min_reconstruction
+    return {"reconstruction": reconstruction, "probe_gain": _scaled(slot, now, lesson) if last else 0.0}
+
+
+def _scaled(slot: Slot, now: Boundary, lesson: Lesson) -> float:
+    """Scale what was learnt to the length that helps most; silence it where none does. The loss that this takes off the probe."""
+    plot = now.plot
+    assert slot.graft is not None  # noqa: S101
+    kernel = plot.kernel(slot)
+    gained = amplify(plot.host, slot.graft, kernel, lesson, plot.probe, plot.loss_fn)
+    if gained <= 0:
+        scale_output(kernel, 0.0)
+    return gained
 
 
 def grafting(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:

@@ -88,6 +88,8 @@ class Survey:
         self.thresholds = Thresholds(plot.settings.share, plot.settings.gain_of_loss)
         self.evidence: dict[str, deque[GrowthSignal]] = {name: deque(maxlen=REMEMBERED) for name in plot.host.slots}
         self.losses: deque[float] = deque(maxlen=2 * REMEMBERED)
+        self.first_loss: float | None = None
+        self._interval = self._due = 0
         self._readings: dict[str, Reading] = {}
         self._epoch = -1
 
@@ -103,11 +105,30 @@ class Survey:
 
     def measure(self, epoch: int) -> None:
         """Take evidence and vital signs of every slot from one pass over the probe."""
-        slots = self.plot.host.slots.values()
-        self._readings = measure(self.plot.host, slots, self.plot.probe, self.plot.loss_fn, self.thresholds)
+        plot = self.plot
+        slots = plot.host.slots.values()
+        self._readings = measure(plot.host, slots, plot.probe, plot.loss_fn, self.thresholds, self.first_loss)
         self._epoch = epoch
         for name, reading in self._readings.items():
             self.evidence[name].append(GrowthSignal(**asdict(reading.evidence)))
+
+    def begin(self, loss: float) -> None:
+        """Take the run's first loss as the measure of gains; later ones change nothing."""
+        if self.first_loss is None and math.isfinite(loss):
+            self.first_loss = abs(loss)
+
+    def due(self, epoch: int) -> bool:
+        """Whether slots are to be measured at this boundary: after the warm-up, and the less often the longer all are healthy."""
+        return epoch + 1 >= self.plot.settings.warmup_epochs and epoch >= self._due
+
+    def plan(self, epoch: int) -> None:
+        """Settle, from what was just measured, when to measure next."""
+        settings = self.plot.settings
+        healths = [health_of(reading.evidence, self.thresholds) for reading in self._readings.values()]
+        healthy = all(health >= settings.policy.health_threshold for health in healths)
+        longer = min(2 * self._interval, settings.evaluate_at_most_every)
+        self._interval = max(longer, settings.evaluate_every) if healthy else settings.evaluate_every
+        self._due = epoch + self._interval
 
     def fresh(self, epoch: int) -> bool:
         """Whether slots were measured at this epoch."""
@@ -117,6 +138,7 @@ class Survey:
         """The host has changed: evidence from before speaks of another network."""
         for signals in self.evidence.values():
             signals.clear()
+        self._interval = 0
 
     def packet(
         self,
@@ -174,6 +196,9 @@ class Survey:
         return {
             "evidence": {name: [s.model_dump(mode="json") for s in signals] for name, signals in self.evidence.items()},
             "losses": list(self.losses),
+            "first_loss": self.first_loss,
+            "interval": self._interval,
+            "due": self._due,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -183,6 +208,7 @@ class Survey:
             self.evidence[name].extend(GrowthSignal.model_validate(signal) for signal in signals)
         self.losses.clear()
         self.losses.extend(state["losses"])
+        self.first_loss, self._interval, self._due = state["first_loss"], state["interval"], state["due"]
 
     def _health(self, slot: Slot, seed: Seed, epoch: int) -> HealthSignal:
         reading = self._readings.get(slot.name) if self.fresh(epoch) else None

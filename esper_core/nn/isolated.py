@@ -17,15 +17,12 @@ from esper_core.blueprint.build import KernelModule
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction, look, run
+from esper_core.nn.rehearsal import CHECK_EVERY, PATIENCE
 from esper_core.nn.rows import inner_rows, leaving_map, leaving_rows
 from esper_core.nn.signals import RIDGE
 
 AMPLITUDES = tuple(2.0**power for power in range(-3, 9))
 """Step lengths along the learnt direction that are tried before grafting, in units of the target's own scale."""
-
-
-CHECK_EVERY = 20
-"""Steps between looks at the held-back samples."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +71,7 @@ def teach(kernel: nn.Module, lesson: Lesson, *, steps: int, learning_rate: float
     optimizer = torch.optim.Adam(kernel.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     best, kept = _reconstruction(kernel, entering[held], wanted[held]), copy.deepcopy(kernel.state_dict())
+    waited = 0
     kernel.train()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
@@ -84,9 +82,11 @@ def teach(kernel: nn.Module, lesson: Lesson, *, steps: int, learning_rate: float
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if step % CHECK_EVERY == 0 or step == steps:
-                found = _reconstruction(kernel, entering[held], wanted[held])
+                found, waited = _reconstruction(kernel, entering[held], wanted[held]), waited + 1
                 if not found <= best:  # a NaN is kept as well: the gate must see it
-                    best, kept = found, copy.deepcopy(kernel.state_dict())
+                    best, kept, waited = found, copy.deepcopy(kernel.state_dict()), 0
+                if waited == PATIENCE:
+                    break
     optimizer.zero_grad()
     kernel.load_state_dict(kept)
     return best
@@ -114,7 +114,10 @@ def amplify(
     try:
         losses = {0.0: _loss_at(host, graft, 0.0, batches, loss_fn)}
         for amplitude in AMPLITUDES:
-            losses[amplitude * lesson.scale] = _loss_at(host, graft, amplitude * lesson.scale, batches, loss_fn)
+            length = amplitude * lesson.scale
+            losses[length] = _loss_at(host, graft, length, batches, loss_fn)
+            if losses[length] > min(losses.values()):
+                break  # along a line the loss is nearly convex: from here on it only rises
     finally:
         graft.detach()
         graft.alpha.copy_(was)

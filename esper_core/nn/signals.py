@@ -41,7 +41,7 @@ MAX_ROWS = 1024
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When the evidence counts: share of the wanted update, and gain as a fraction of the loss."""
+    """When the evidence counts: share of the wanted update, and gain as a fraction of a loss of reference."""
 
     share: float = 0.5
     gain_of_loss: float = 0.005
@@ -149,9 +149,17 @@ class Reading:
 
 
 def measure(
-    host: Host, slots: Iterable[Slot], batches: Iterable[Batch], loss_fn: LossFunction, thresholds: Thresholds
+    host: Host,
+    slots: Iterable[Slot],
+    batches: Iterable[Batch],
+    loss_fn: LossFunction,
+    thresholds: Thresholds,
+    reference: float | None = None,
 ) -> dict[str, Reading]:
     """Evidence and vital signs of every slot from one pass over the probe batches.
+
+    ``reference`` is the loss whose fraction a gain must be: that which the run began with, say, since near a loss of nothing any
+    gain looks large. The probe's own loss when None or smaller than that.
 
     Raises:
         InvalidInput: when the loss is not a finite scalar, or there are no batches.
@@ -171,7 +179,9 @@ def measure(
             "the probe has no batches", hint="pass a list of (inputs, targets), 1024 samples or more in all"
         )
     return {
-        slot.name: Reading(conclude(tallies[slot.name], slot.unit_parameters, thresholds), units[slot.name].conclude())
+        slot.name: Reading(
+            conclude(tallies[slot.name], slot.unit_parameters, thresholds, reference), units[slot.name].conclude()
+        )
         for slot in places
     }
 
@@ -192,10 +202,10 @@ def _thinned(rows: tuple[Tensor, Tensor, Tensor], samples: int) -> tuple[Tensor,
     return rows[0][::every], rows[1][::every], rows[2][::every]
 
 
-def conclude(tally: Tally, unit_parameters: int, thresholds: Thresholds) -> Evidence:
+def conclude(tally: Tally, unit_parameters: int, thresholds: Thresholds, reference: float | None = None) -> Evidence:
     """Turn sums into evidence; its confidence is Φ(log need / standard error), the error from a delete-one jackknife."""
     folds, total = tally.filled, tally.total()
-    loss = sum(tally.losses) / len(tally.losses)
+    loss = max(abs(sum(tally.losses) / len(tally.losses)), reference or 0.0)
 
     def evidence(sums: Sums) -> tuple[Evidence, Tensor]:
         return _evidence(sums, tally.positions, loss, unit_parameters)
@@ -232,7 +242,7 @@ def _evidence(sums: Sums, positions: float, loss: float, unit_parameters: int) -
         gain_relative=gain / squared if squared > 0 else 0.0,
         share=gain / (gain + own) if gain + own > 0 else 0.0,
         score=0.0,
-        gain_of_loss=gain / abs(loss) if loss else 0.0,
+        gain_of_loss=gain / loss if loss else 0.0,
         spectrum=(),
         confidence=0.0,
         samples=n,

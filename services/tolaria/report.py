@@ -76,12 +76,12 @@ def write(path: Path, title: str, config: TolariaConfig, runs: Sequence[SeedRun]
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
         f"<h1>{escape(title)}</h1><p class=sub>{escape(_subtitle(config, runs))}</p>{''.join(body)}"
-        f"<script>{_plotly()}</script><script>const CHARTS = {_inline(plots)};{_DRAW}</script></html>"
+        f"<script>{plotly()}</script><script>const CHARTS = {_inline(plots)};{_DRAW}</script></html>"
     )
     write_atomic(path, page.encode())
 
 
-def _plotly() -> str:
+def plotly() -> str:
     return files("plotly").joinpath("package_data/plotly.min.js").read_text(encoding="utf-8")
 
 

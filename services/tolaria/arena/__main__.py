@@ -1,0 +1,137 @@
+"""``python -m services.tolaria.arena RUN.yaml``: does growing pay on one's own network and data, against every alternative?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+
+from esper_core.errors import EsperError, InvalidInput
+from esper_core.nn.checkpoint import write_atomic
+from services.tolaria import hosts
+from services.tolaria.arena import report
+from services.tolaria.arena.arms import ARMS, chosen
+from services.tolaria.arena.figures import Table, mean
+from services.tolaria.arena.suite import Ledger, run
+from services.tolaria.arena.task import Setup, Task
+from services.tolaria.config import TolariaConfig, read_run
+from services.tolaria.experiment import load_data, set_up
+from services.tolaria.optimization import learning_rate, optimizer_for
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    arms = "\n".join(f"  {name:<14}{arm.about}" for name, arm in ARMS.items())
+    out = argparse.ArgumentParser(
+        prog="esperctl bench growth",
+        description=f"{__doc__}\n\narms:\n{arms}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument("run", metavar="RUN.yaml|PRESET", help="network, data and training: a file, or a preset's name")
+    out.add_argument("--arms", help="which, separated by commas; default: all that apply")
+    out.add_argument("--seeds", type=int, default=10, help="paired seeds (10)")
+    out.add_argument("--set", action="append", default=[], metavar="a.b=c", help="override one setting")
+    out.add_argument("--out", type=Path, default=Path("growth"), help="folder for rows and reports (growth)")
+    out.add_argument("--fresh", action="store_true", help="forget the rows of an earlier, broken-off comparison")
+    out.add_argument("-o", "--output", choices=("text", "json"), default="text")
+    return out
+
+
+def task_of(config: TolariaConfig) -> Task:
+    """The run as a task: its network, its data, its optimiser and schedule; where it should grow nobody knows."""
+
+    def make(seed: int) -> Setup:
+        import torch
+
+        seeded = config.model_copy(update={"seed": seed})
+        set_up(seeded)
+        torch.set_num_threads(1)
+        data = load_data(seeded)
+
+        def model() -> torch.nn.Module:
+            torch.manual_seed(seed)
+            return hosts.build(config.model, data.sample_shape, data.tokens, data.outputs).to(config.device)
+
+        return Setup(model, data)
+
+    return Task(
+        name=config.name,
+        about=f"{config.model.host} on {config.dataset.name}",
+        make=make,
+        needs_growth=None,
+        group="own",
+        optimizer=lambda parameters: optimizer_for(config.optimization, parameters),
+        epochs=config.optimization.epochs,
+        batch_size=config.optimization.batch_size,
+        rate=lambda epoch: learning_rate(config.optimization, epoch),
+        settings=config.morphogenetic.growth,
+        budget=config.morphogenetic.budget_parameters,
+    )
+
+
+def read_task(run_file: str, settings: tuple[str, ...]) -> Task:
+    """The task that a configuration spells."""
+    return task_of(read_run(run_file, list(settings)))
+
+
+def compare(asked: argparse.Namespace, console: Console) -> int:
+    """Run what is missing, write the reports, print the table."""
+    if asked.seeds < 1:
+        raise InvalidInput(f"--seeds {asked.seeds} compares nothing", hint="1 or more; 10 for an interval worth having")
+    arms = chosen(asked.arms)
+    task = read_task(asked.run, tuple(asked.set))
+    path = asked.out / f"{task.name}.jsonl"
+    if asked.fresh:
+        path.unlink(missing_ok=True)
+    ledger = Ledger(path)
+    columns: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
+        line = bar.add_task("trials", total=None)
+        run(
+            [(task.name, partial(read_task, asked.run, tuple(asked.set)))],
+            range(asked.seeds),
+            arms,
+            ledger,
+            lambda done, total, _: bar.update(line, completed=done, total=total),
+        )
+    table = Table(row for row in ledger.found() if row.arm in arms and row.seed < asked.seeds)
+    about = {task.name: task.about}
+    opening = f"{asked.seeds} paired seeds: arms of a seed share data, initial weights and batches."
+    write_atomic(asked.out / f"{task.name}.md", report.markdown(table, about, opening, []).encode())
+    page = report.page(table, about, f"Growing {task.name}", opening, [])
+    write_atomic(asked.out / f"{task.name}.html", page.encode())
+    document = report.document(ledger.found(), {})
+    write_atomic(asked.out / f"{task.name}.json", json.dumps(document, indent=1).encode())
+    if asked.output == "json":
+        accuracy = {arm: mean(table.points(task.name, arm)).value for arm in table.arms(task.name)}
+        print(json.dumps({"task": task.name, "points": accuracy, "report": str(asked.out / f"{task.name}.html")}))  # noqa: T201
+    else:
+        console.print(report.text(table, task.name))
+    console.print(f"report: {asked.out / f'{task.name}.html'}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit code."""
+    asked = parser().parse_args(argv)
+    console = Console(stderr=True)
+    try:
+        return compare(asked, console)
+    except EsperError as error:
+        console.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        if error.hint:
+            console.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here", markup=False, highlight=False)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

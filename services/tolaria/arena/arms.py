@@ -1,0 +1,159 @@
+"""The arms of a comparison by name: how a network is trained, from not growing at all to every rival."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.control.roles import Controller
+from esper_core.errors import InvalidInput, nearest
+from esper_core.nn.host import Host
+from services.tolaria.arena import rivals
+from services.tolaria.arena.task import Setup, Task
+from services.tolaria.arena.trial import (
+    PROBE_BATCH,
+    PROBE_ROWS,
+    Row,
+    growing,
+    plain,
+    reshaped,
+    training_flops,
+    wrapped,
+)
+
+Peers = Mapping[str, Row]
+"""Rows of the same task and seed that are there already, by arm."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to train.
+
+    Attributes:
+        about: one line for people.
+        run: gives the row, or None where the arm does not apply.
+        after: an arm whose row it needs.
+    """
+
+    about: str
+    run: Callable[[Task, Setup, str, int, Peers], Row | None]
+    after: str | None = None
+
+
+def _ungrown(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row:
+    return plain(task, setup, arm, seed, model=setup.model())
+
+
+def _esper(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row:
+    return growing(task, setup, arm, seed, None, host=wrapped(setup))
+
+
+def _static(task: Task, setup: Setup, arm: str, seed: int, peers: Peers, *, equal_flops: bool) -> Row:
+    grown = peers["esper"]
+    model = reshaped(setup, grown.shapes, seed)
+    epochs = task.epochs
+    if equal_flops:
+        per_epoch = training_flops(task, setup, model) * math.ceil(len(setup.data.train) / task.batch_size)
+        epochs = max(1, round(grown.flops / per_epoch))
+    return plain(task, setup, arm, seed, model=model, epochs=epochs)
+
+
+def _rival(make: Callable[[Host, Task, Setup, int], rivals.Rank | None], times: int = 1, every: int = 1) -> Arm:
+    def run(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row | None:
+        host = wrapped(setup)
+        rank = make(host, task, setup, seed)
+        if rank is None or not host.slots:
+            return None
+        controller: Controller = rivals.Rival(rank, times, every)
+        return growing(task, setup, arm, seed, controller, host=host)
+
+    return Arm("", run)
+
+
+def _planted(_host: Host, _task: Task, setup: Setup, _seed: int) -> rivals.Rank | None:
+    return rivals.at(setup.planted[0]) if setup.planted else None
+
+
+def _probing(
+    rule: Callable[..., rivals.Rank],
+) -> Callable[[Host, Task, Setup, int], rivals.Rank]:
+    def make(host: Host, _task: Task, setup: Setup, _seed: int) -> rivals.Rank:
+        return rule(host, setup.data.train.in_batches(PROBE_BATCH, PROBE_ROWS), setup.data.loss)
+
+    return make
+
+
+def _adapter(task: Task, setup: Setup, arm: str, seed: int, _peers: Peers) -> Row | None:
+    """A residual adapter on the planted layer's own output, from the start: what growing in place would give at best."""
+    if not setup.planted:
+        return None
+    model = setup.model()
+    path = setup.planted[0].partition(":")[0]
+    layer = model.get_submodule(path)
+    if not isinstance(layer, nn.Linear):
+        return None
+    torch.manual_seed(seed)
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Sequential(layer, Adapter(layer.out_features, rivals.WIDTH)))
+    return plain(task, setup, arm, seed, model=model)
+
+
+class Adapter(nn.Module):
+    """z + B·relu(A·z), B zero at first; (batch, width) → the same."""
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(width, units), nn.Linear(units, width)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        out: Tensor = z + self.leave(self.enter(z).relu())
+        return out
+
+
+def _named(arm: Arm, about: str) -> Arm:
+    return Arm(about, arm.run, arm.after)
+
+
+ARMS: Mapping[str, Arm] = {
+    "esper": Arm("the heuristic policy, as shipped", _esper),
+    "none": Arm("no growth", _ungrown),
+    "static": Arm(
+        "the final shape from the start, equal steps", lambda *a: _static(*a, equal_flops=False), after="esper"
+    ),
+    "static-flops": Arm(
+        "the final shape from the start, equal training FLOPs", lambda *a: _static(*a, equal_flops=True), after="esper"
+    ),
+    "planted": _named(_rival(_planted), "one graft where the network was made too small"),
+    "random": _named(_rival(lambda _h, _t, _s, seed: rivals.by_chance(seed)), "one graft anywhere"),
+    "uniform": _named(_rival(lambda *_: rivals.in_turns, times=64), "one graft after another, all slots in turn"),
+    "schedule": _named(
+        _rival(lambda *_: rivals.in_turns, times=64, every=15), "one graft every 15 epochs, all slots in turn"
+    ),
+    "gradmax": _named(_rival(_probing(rivals.gradmax)), "one graft where GradMax says"),
+    "firefly": _named(_rival(_probing(rivals.firefly)), "one graft where a Firefly-style trial of units says"),
+    "tiny": _named(_rival(lambda *_: rivals.tiny_raw), "one graft where the raw TINY gain is highest"),
+    "senn": _named(_rival(lambda *_: rivals.senn), "one graft where the SENN score is highest"),
+    "narrowest": _named(_rival(lambda *_: rivals.narrowest), "one graft at the narrowest layer"),
+    "rank": _named(_rival(lambda *_: rivals.effective_rank), "one graft at the layer of lowest effective rank"),
+    "adapter": Arm("a residual adapter on the narrow layer's own output", _adapter),
+}
+
+
+def chosen(names: str | None) -> list[str]:
+    """Arms by name, those that others need first; all when None.
+
+    Raises:
+        InvalidInput: an arm that does not exist.
+    """
+    wanted = list(ARMS) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in ARMS:
+            raise InvalidInput(f"there is no arm {name!r}", hint=nearest(name, ARMS))
+    needed = {arm.after for name in wanted if (arm := ARMS[name]).after}
+    return [name for name in ARMS if name in wanted or name in needed]

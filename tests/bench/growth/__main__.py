@@ -1,0 +1,110 @@
+"""``make bench-growth``: every arm on every development task; goes on where it was broken off."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from esper_core.errors import EsperError
+from esper_core.nn.checkpoint import write_atomic
+from services.tolaria.arena import report
+from services.tolaria.arena.arms import chosen
+from services.tolaria.arena.figures import Table
+from services.tolaria.arena.suite import Ledger, run
+from tests.bench.growth.goals import judged
+from tests.bench.growth.tasks import TASKS, named
+from tests.bench.machine import machine
+
+OUT = Path("build/bench")
+
+
+def main() -> int:
+    """Run what is missing, then write report and figures."""
+    options = argparse.ArgumentParser(prog="python -m tests.bench.growth", description=__doc__)
+    options.add_argument("--seeds", type=int, default=10, help="paired seeds of every task (10)")
+    options.add_argument("--tasks", help="some tasks only, separated by commas")
+    options.add_argument("--arms", help="some arms only, separated by commas")
+    options.add_argument("--out", type=Path, default=OUT, help="where rows and reports go (build/bench)")
+    options.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    options.add_argument("--report", type=Path, help="also write the Markdown report there")
+    asked = options.parse_args()
+    try:
+        return _run(asked)
+    except EsperError as error:
+        Console(stderr=True).print(f"error: {error.message}\nhint: {error.hint}", markup=False)
+        return error.exit_code
+
+
+def _run(asked: argparse.Namespace) -> int:
+    arms = chosen(asked.arms)
+    names = [task.name for task in TASKS if asked.tasks is None or task.name in asked.tasks.split(",")]
+    path = asked.out / "growth.jsonl"
+    if asked.fresh:
+        path.unlink(missing_ok=True)
+    ledger, began = Ledger(path), time.monotonic()
+    tasks = [(name, partial(named, name)) for name in names]
+    with _bar() as bar:
+        line = bar.add_task("trials", total=None, last="")
+        run(
+            tasks,
+            range(asked.seeds),
+            arms,
+            ledger,
+            lambda done, total, last: bar.update(line, completed=done, total=total, last=last),
+        )
+    rows = [row for row in ledger.found() if row.task in names and row.seed < asked.seeds and row.arm in arms]
+    table, minutes = Table(rows), (time.monotonic() - began) / 60
+    goals = judged(table)
+    about = {task.name: task.about for task in TASKS}
+    opening = (
+        f"# Does growing pay?\n\n{len(rows)} trials, {asked.seeds} paired seeds, this time {minutes:.1f} minutes. "
+        f"Arms of a task and seed share data, initial weights and batches. " + " · ".join(machine().values())
+    )
+    cells = [["goal", "figure", "value", "target", "met"], *(_goal_line(name, goal) for name, goal in goals.items())]
+    text = report.markdown(table, about, opening, cells)
+    write_atomic(asked.out / "growth.md", text.encode())
+    page = report.page(table, about, "Does growing pay?", opening.partition("\n\n")[2], cells)
+    write_atomic(asked.out / "growth.html", page.encode())
+    write_atomic(asked.out / "growth.json", json.dumps(report.document(rows, goals), indent=1).encode())
+    if asked.report:
+        write_atomic(asked.report, text.encode())
+    for line_cells in cells[1:]:
+        print("  ".join(line_cells))
+    print(asked.out / "growth.html", file=sys.stderr)
+    return 0
+
+
+def _goal_line(name: str, goal: dict[str, float | str | bool | None]) -> list[str]:
+    value = goal["value"]
+    shown = "not measured" if value is None else f"{value:.3g}"
+    verdict = "–" if goal["met"] is None else "yes" if goal["met"] else "no"
+    return [name, str(goal["about"]), shown, str(goal["target"]), verdict]
+
+
+def _bar() -> Progress:
+    columns: tuple[ProgressColumn, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[last]}"), console=Console(stderr=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

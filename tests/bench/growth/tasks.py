@@ -1,0 +1,237 @@
+"""The development tasks. A planted layer's position moves with the seed, so that no rule can learn where it is.
+
+Acceptance uses other tasks with other generators: nothing in the product may be tuned to these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from esper_core.control.settings import GrowthSettings
+from services.tolaria.arena.task import Setup, Task
+from services.tolaria.config import DatasetConfig
+from services.tolaria.datasets import Data, Part, prepare
+from services.tolaria.hosts import cnn, mlp
+from services.tolaria.order import generator
+
+TRAIN, HELD = 1536, 512
+
+
+def adam(rate: float, decay: float = 0.0) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """Adam; the fused kind, which takes two thirds of a small network's step time off."""
+    return partial(torch.optim.AdamW, lr=rate, weight_decay=decay, fused=True)
+
+
+def data_of(inputs: Tensor, targets: Tensor, seed: int, name: str, *, train: int, held: int) -> Data:
+    """Split by the seed and standardised by the training part."""
+    order = torch.randperm(len(inputs), generator=generator(seed, name, "split"))
+    parts = order[:train], order[train : train + held], order[train + held :]
+    mean, scale = inputs[parts[0]].mean(0), inputs[parts[0]].std(0).clamp_min(1e-6)
+    made = [Part((inputs[rows] - mean) / scale, targets[rows], torch.zeros(()), torch.ones(())) for rows in parts]
+    return Data(name, made[0], made[1], made[2], int(targets.max()) + 1)
+
+
+def _mlp(inputs: int, widths: tuple[int, ...], outputs: int, seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return mlp((inputs,), widths, outputs, "relu")
+
+
+def _slot(position: int, layers: int) -> str:
+    """Slot around hidden layer ``position`` (from 0) of an MLP with ``layers`` hidden layers."""
+    return f"fc{position + 1}:{'head' if position + 1 == layers else f'fc{position + 2}'}"
+
+
+def _narrowed(width: int, narrow: int, position: int, layers: int = 3) -> tuple[int, ...]:
+    return tuple(narrow if layer == position else width for layer in range(layers))
+
+
+def teacher_data(seed: int, widths: tuple[int, ...], *, features: int = 20, classes: int = 6) -> Data:
+    """Normal inputs labelled by a random ReLU network of those hidden widths."""
+    source = generator(seed, "growth", "teacher", *widths)
+    inputs = torch.randn(TRAIN + HELD + 2048, features, generator=source)
+    hidden = inputs
+    for width in widths:
+        weight = torch.randn(hidden.shape[1], width, generator=source) * math.sqrt(2 / hidden.shape[1])
+        hidden = (hidden @ weight + 0.5 * torch.randn(width, generator=source)).relu()
+        hidden = hidden / hidden.square().mean().sqrt()
+    logits = hidden @ torch.randn(hidden.shape[1], classes, generator=source)
+    logits = (logits - logits.mean(0)) / logits.std(0).clamp_min(1e-6)
+    return data_of(inputs, logits.argmax(1), seed, "teacher", train=TRAIN, held=HELD)
+
+
+def teacher(seed: int, narrow: int = 2) -> Setup:
+    """A narrow layer in a student of a wide teacher."""
+    position = seed % 3
+    widths = _narrowed(32, narrow, position)
+    data = teacher_data(seed, (16, 16, 16))
+    return Setup(lambda: _mlp(20, widths, 6, seed), data, (_slot(position, 3),))
+
+
+def teacher_wide(seed: int) -> Setup:
+    """Its healthy twin."""
+    return Setup(lambda: _mlp(20, (32, 32, 32), 6, seed), teacher_data(seed, (16, 16, 16)), ())
+
+
+def rightly_narrow(seed: int) -> Setup:
+    """The teacher passes through two units itself, and the student is as narrow there."""
+    position = seed % 2
+    widths = tuple(2 if layer == position else 16 for layer in range(3))
+    data = teacher_data(seed, widths)
+    return Setup(lambda: _mlp(20, _narrowed(32, 2, position), 6, seed), data, ())
+
+
+def decoy(seed: int) -> Setup:
+    """Two layers are narrow; the teacher needs only one of them wider, and it is not the narrowest."""
+    right, wrong = (seed % 2, 2) if seed % 4 < 2 else (2, seed % 2)
+    teacher_widths = tuple(2 if layer == wrong else 16 for layer in range(3))
+    widths = tuple(2 if layer == wrong else 3 if layer == right else 32 for layer in range(3))
+    data = teacher_data(seed, teacher_widths)
+    return Setup(lambda: _mlp(20, widths, 6, seed), data, (_slot(right, 3),))
+
+
+def dead(seed: int) -> Setup:
+    """Nominally wide, but all units of one layer except two can never fire."""
+    position = seed % 3
+
+    def model() -> nn.Sequential:
+        network = _mlp(20, (32, 32, 32), 6, seed)
+        layer = network.get_submodule(f"fc{position + 1}")
+        assert isinstance(layer, nn.Linear)
+        with torch.no_grad():
+            layer.bias[2:] = -50.0
+        return network
+
+    return Setup(model, teacher_data(seed, (16, 16, 16)), (_slot(position, 3),))
+
+
+def spirals_data(seed: int) -> Data:
+    """Two interleaved spirals of two turns."""
+    source = generator(seed, "growth", "spirals")
+    half = (TRAIN + HELD + 1024) // 2
+    along = torch.rand(half, generator=source).sqrt()
+    angle = along * 2 * 2 * math.pi
+    arm = torch.stack((along * angle.cos(), along * angle.sin()), dim=1)
+    points = torch.cat((arm, -arm)) + 0.02 * torch.randn(2 * half, 2, generator=source)
+    return data_of(points, torch.arange(2).repeat_interleave(half), seed, "spirals", train=TRAIN, held=HELD)
+
+
+def spirals(seed: int, narrow: int = 2) -> Setup:
+    """A narrow second or third layer; the first reads two features only."""
+    position = 1 + seed % 2
+    widths = _narrowed(32, narrow, position)
+    return Setup(lambda: _mlp(2, widths, 2, seed), spirals_data(seed), (_slot(position, 3),))
+
+
+def spirals_wide(seed: int) -> Setup:
+    """Its healthy twin."""
+    return Setup(lambda: _mlp(2, (32, 32, 32), 2, seed), spirals_data(seed), ())
+
+
+def digits_data(seed: int, noise: float = 0.0, *, image: bool = False) -> Data:
+    """scikit-learn's digits; a share of the training labels may be drawn anew."""
+    data = prepare(DatasetConfig(name="digits"), seed, image=image)
+    if not noise:
+        return data
+    source = generator(seed, "growth", "noise")
+
+    def noisy(part: Part) -> Part:
+        drawn = torch.randint(10, part.targets.shape, generator=source)
+        hit = torch.rand(part.targets.shape, generator=source) < noise
+        return Part(part.inputs, torch.where(hit, drawn, part.targets), part.mean, part.scale)
+
+    return Data("digits", noisy(data.train), noisy(data.validation), data.test, data.outputs)
+
+
+def digits(seed: int, narrow: int = 2) -> Setup:
+    """A narrow layer among three."""
+    position = seed % 3
+    widths = _narrowed(64, narrow, position)
+    return Setup(lambda: _mlp(64, widths, 10, seed), digits_data(seed), (_slot(position, 3),))
+
+
+def digits_wide(seed: int) -> Setup:
+    """Its healthy twin."""
+    return Setup(lambda: _mlp(64, (64, 64, 64), 10, seed), digits_data(seed), ())
+
+
+def digits_noisy(seed: int) -> Setup:
+    """Wide enough; three labels in ten are wrong, and no growth can mend that."""
+    return Setup(lambda: _mlp(64, (64, 64, 64), 10, seed), digits_data(seed, 0.3), ())
+
+
+def digits_conv(seed: int) -> Setup:
+    """A convolutional stage of a single channel."""
+    channels = (16, 1, 32) if seed % 2 else (1, 16, 32)
+
+    def model() -> nn.Sequential:
+        torch.manual_seed(seed)
+        return cnn((1, 8, 8), channels, 10, "relu")
+
+    planted = "conv2:conv3" if seed % 2 else "conv1:conv2"
+    return Setup(model, digits_data(seed, image=True), (planted,))
+
+
+def sums(seed: int, narrow: int = 3) -> Setup:
+    """Addition modulo 23 of two noisy one-hot numbers through a narrow layer: all sums are seen, none is left to guess."""
+    modulus, position = 23, seed % 2
+    source = generator(seed, "growth", "sums")
+    pairs = torch.randint(modulus, (TRAIN + HELD + 2048, 2), generator=source)
+    inputs = torch.cat([nn.functional.one_hot(pairs[:, side], modulus) for side in (0, 1)], 1).float()
+    inputs = inputs + 0.1 * torch.randn(inputs.shape, generator=source)
+    widths = _narrowed(64, narrow, position, 2)
+    data = data_of(inputs, pairs.sum(1) % modulus, seed, "sums", train=TRAIN, held=HELD)
+    return Setup(lambda: _mlp(2 * modulus, widths, modulus, seed), data, (_slot(position, 2),))
+
+
+def breast_cancer(seed: int) -> Setup:
+    """Diagnosis; two layers of 32 are plenty."""
+    data = prepare(DatasetConfig(name="breast_cancer"), seed, image=False)
+    return Setup(lambda: _mlp(30, (32, 32), 2, seed), data, ())
+
+
+def even(seed: int) -> Setup:
+    """All layers are equally small; there is no best place, and uniform growth is hard to beat."""
+    return Setup(lambda: _mlp(20, (6, 6, 6), 6, seed), teacher_data(seed, (16, 16, 16)))
+
+
+def uneven(seed: int) -> Setup:
+    """Two of four layers are too small, by different amounts."""
+    order = [3, 6, 32, 32]
+    widths = tuple(order[(layer + seed) % 4] for layer in range(4))
+    return Setup(lambda: _mlp(20, widths, 6, seed), teacher_data(seed, (16, 16, 16, 16)))
+
+
+QUICK = GrowthSettings()
+ROUNDS = 64 * (32 + 1 + 32)
+"""Budget of the tasks with many rounds: 64 units between layers of 32."""
+
+TASKS: tuple[Task, ...] = (
+    Task("teacher", teacher.__doc__ or "", teacher, True, "narrow", adam(3e-3)),
+    Task("digits", digits.__doc__ or "", digits, True, "narrow", adam(2e-3)),
+    Task("spirals", spirals.__doc__ or "", spirals, True, "narrow", adam(3e-3), epochs=60),
+    Task("dead", dead.__doc__ or "", dead, True, "narrow", adam(3e-3)),
+    Task("sums", sums.__doc__ or "", sums, True, "narrow", adam(5e-3), epochs=60),
+    Task("digits-conv", digits_conv.__doc__ or "", digits_conv, True, "narrow", adam(3e-3), epochs=40),
+    Task("decoy", decoy.__doc__ or "", decoy, True, "decoy", adam(3e-3)),
+    Task("teacher-wide", teacher_wide.__doc__ or "", teacher_wide, False, "healthy", adam(3e-3)),
+    Task("digits-wide", digits_wide.__doc__ or "", digits_wide, False, "healthy", adam(2e-3)),
+    Task("spirals-wide", spirals_wide.__doc__ or "", spirals_wide, False, "healthy", adam(3e-3), epochs=60),
+    Task("breast-cancer", breast_cancer.__doc__ or "", breast_cancer, False, "healthy", adam(1e-3)),
+    Task("digits-noisy", digits_noisy.__doc__ or "", digits_noisy, False, "healthy", adam(2e-3)),
+    Task(
+        "under-trained", "A wide student at a tenth of the learning rate.", teacher_wide, False, "healthy", adam(3e-4)
+    ),
+    Task("rightly-narrow", rightly_narrow.__doc__ or "", rightly_narrow, None, "rightly narrow", adam(3e-3)),
+    Task("even", even.__doc__ or "", even, None, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 8),
+    Task("uneven", uneven.__doc__ or "", uneven, None, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 2),
+)
+
+
+def named(name: str) -> Task:
+    """The development task of that name."""
+    return next(task for task in TASKS if task.name == name)
