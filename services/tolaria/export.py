@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from esper_core import log
-from esper_core.config import default_data_dir
 from esper_core.errors import NotFound, nearest
+from services.tolaria.config import ServicesConfig
 from services.tolaria.edge import answered
 
 FORMATS = ("safetensors", "torch", "onnx")
@@ -53,7 +53,7 @@ def export(arguments: argparse.Namespace) -> int:
     from esper_core.nn.export import bundle
     from services.tolaria import keepsake
 
-    directory = run_directory(arguments.data_dir or default_data_dir(), arguments.run)
+    directory = run_directory(arguments.data_dir or ServicesConfig().data_dir, arguments.run)
     recalled = keepsake.recall(directory)
     standardised = recalled.morphology.standardisation
     done = bundle.export(

@@ -91,10 +91,11 @@ def export(
     _check_target(target)
     batch_of(inputs)
     inputs = tuple(value.detach().cpu() for value in inputs)
-    batches = [inputs, tuple(value[:1] for value in inputs)]
-    expected = [_outputs(on_cpu(model), batch) for batch in batches]
-    bare = plain(model)
+    reference, bare = on_cpu(model), plain(model)
+    expected = [_outputs(reference, inputs)]
     traced = program(bare, inputs)
+    batches = [inputs, tuple(value[:1] for value in inputs)]
+    expected.append(_outputs(reference, batches[1]))
     with _replacing(target) as folder:
         done = []
         for name in wanted:
