@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,12 +79,15 @@ def write_onnx(_model: nn.Module, exported: ExportedProgram, folder: Path) -> Wr
         with quietly():
             made = torch.onnx.export(exported, dynamo=True, verbose=False, external_data=False)
             assert made is not None  # noqa: S101
-            made.save(path, external_data=False)
+            _name_the_outputs(made.model.graph)
+            proto = made.model_proto
     except torch.onnx.errors.OnnxExporterError as problem:
         words = str(problem).strip().splitlines()[0]
         raise Unsupported(
             f"ONNX cannot express this network: {words}", hint="export it as safetensors or torch"
         ) from problem
+    _name_the_batch(proto)
+    onnx.save(proto, path)
     onnx.checker.check_model(path, full_check=True)
     evaluator = ReferenceEvaluator(str(path))
 
@@ -92,6 +96,24 @@ def write_onnx(_model: nn.Module, exported: ExportedProgram, folder: Path) -> Wr
         return list(evaluator.run(None, feed))
 
     return Written((ONNX,), run)
+
+
+def _name_the_outputs(graph: Any) -> None:
+    """``output``, or ``output_0`` …: names that do not hang on how the network is written; inputs keep theirs."""
+    taken = {value.name for value in graph.inputs}
+    for number, value in enumerate(graph.outputs):
+        name = "output" if len(graph.outputs) == 1 else f"output_{number}"
+        if name not in taken and value.name not in taken:
+            value.name = name
+
+
+def _name_the_batch(proto: Any) -> None:
+    """Call the symbolic dimension ``batch`` wherever it stands, products of it included."""
+    symbol = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param:
+                dimension.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dimension.dim_param)
 
 
 WRITERS: Mapping[str, Writer] = {"safetensors": write_safetensors, "torch": write_torch, "onnx": write_onnx}

@@ -199,6 +199,25 @@ def test_one_row_is_enough_and_any_number_follows(tmp_path: Path) -> None:
     assert torch.allclose(found, outputs(model, many), atol=1e-6)
 
 
+def test_an_onnx_model_names_what_enters_and_leaves(tmp_path: Path) -> None:
+    import onnx
+
+    model = Forked().eval()
+    esper.export(model, (torch.randn(6, 4), torch.randn(6, 4)), tmp_path / "out", ["onnx"])
+    graph = onnx.load(tmp_path / "out" / "model.onnx").graph
+    shapes = {
+        value.name: [entry.dim_param or entry.dim_value for entry in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.output)
+    }
+    assert shapes == {
+        "left": ["batch", 4],
+        "right": ["batch", 4],
+        "output_0": ["batch", 4],
+        "output_1": ["batch", 4],
+        "output_2": ["2*batch", 2],
+    }
+
+
 def test_an_export_replaces_an_export_and_nothing_else(tmp_path: Path) -> None:
     model, inputs, target = make("mlp"), rows("mlp"), tmp_path / "out"
     esper.export(model, inputs, target, ["safetensors", "torch"])
