@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Written:
     """
 
     files: tuple[str, ...]
-    run: Callable[[tuple[Tensor, ...]], list[Any]]
+    run: Callable[[tuple[Tensor, ...]], list[Tensor]]
 
 
 Writer = Callable[[nn.Module, ExportedProgram, Path], Written]
@@ -91,9 +92,9 @@ def write_onnx(_model: nn.Module, exported: ExportedProgram, folder: Path) -> Wr
     onnx.checker.check_model(path, full_check=True)
     evaluator = ReferenceEvaluator(str(path))
 
-    def run(inputs: tuple[Tensor, ...]) -> list[Any]:
+    def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
         feed = {name: value.numpy() for name, value in zip(evaluator.input_names, inputs, strict=True)}
-        return list(evaluator.run(None, feed))
+        return [torch.from_numpy(np.array(value)) for value in evaluator.run(None, feed)]
 
     return Written((ONNX,), run)
 
@@ -136,8 +137,8 @@ def require(name: str) -> None:
 _NEEDS = {"onnx": ("onnx", "onnxscript")}
 
 
-def _runner(module: Callable[..., Any]) -> Callable[[tuple[Tensor, ...]], list[Any]]:
-    def run(inputs: tuple[Tensor, ...]) -> list[Any]:
+def _runner(module: Callable[..., Any]) -> Callable[[tuple[Tensor, ...]], list[Tensor]]:
+    def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
         with torch.no_grad():
             return [leaf for leaf in tree_leaves(module(*inputs)) if isinstance(leaf, Tensor)]
 

@@ -15,23 +15,24 @@ from torch.export import Dim, ExportedProgram
 
 from esper_core.errors import InvalidInput, Unsupported
 
-_REGISTRY_LOG = "torch.onnx._internal.exporter._registration"
+_TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir", "onnxscript")
 _TELLTALE = ("stack_trace", "from_node", "source_fn_stack")
 """What torch notes of a node's origin: file names and source lines of this machine."""
 
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Silence what torch's exporters say about themselves: a deprecated type of their own, and that torchvision is absent."""
-    logger = logging.getLogger(_REGISTRY_LOG)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence what exporters say about themselves: a deprecated type of their own, an absent torchvision, skipped savings."""
+    levels = {name: logging.getLogger(name).level for name in _TALKATIVE}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)", FutureWarning)
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def batch_of(inputs: tuple[Any, ...]) -> int:
