@@ -6,6 +6,7 @@
         ...                       # your own loop over host and optimizer
         grower.step(epoch)
     plain, report = grower.finish()
+    esper.export(plain, example_inputs, "exported")
 
 The names load torch when first used, so that command line and control plane start without it.
 """
@@ -20,15 +21,17 @@ if TYPE_CHECKING:
     from esper_core.control.packet import Budget
     from esper_core.control.settings import GrowthSettings
     from esper_core.control.survey import score
+    from esper_core.nn.export.bundle import export
     from esper_core.nn.host import wrap
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Grower", "GrowthSettings", "__version__", "score", "wrap"]
+__all__ = ["Budget", "Grower", "GrowthSettings", "__version__", "export", "score", "wrap"]
 
 _HOME = {
     "Budget": "esper_core.control.packet",
     "Grower": "esper_core.control.grower",
     "GrowthSettings": "esper_core.control.settings",
+    "export": "esper_core.nn.export.bundle",
     "score": "esper_core.control.survey",
     "wrap": "esper_core.nn.host",
 }

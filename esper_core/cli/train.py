@@ -77,18 +77,18 @@ def train(
     if call.given_data_dir is not None or "ESPER_DATA_DIR" in os.environ:  # otherwise the configuration may say where
         arguments += ["--data-dir", str(call.data_dir)]
     arguments += ["-o", "json" if call.output.json else "text"]
-    become_trainer(arguments)
+    become(TRAINER, arguments)
 
 
-def become_trainer(arguments: Sequence[str]) -> None:
-    """Replace this process by ``python -m services.tolaria``; does not return."""
+def become(module: str, arguments: Sequence[str]) -> None:
+    """Replace this process by ``python -m module``; does not return."""
     from esper_core.local.services import import_path
 
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**os.environ, "PYTHONPATH": import_path()}
     os.execve(  # noqa: S606 - no shell is wanted
-        sys.executable, [sys.executable, "-P", "-m", TRAINER, *arguments], environment
+        sys.executable, [sys.executable, "-P", "-m", module, *arguments], environment
     )
 
 

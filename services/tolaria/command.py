@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from esper_core import log, presets
-from esper_core.errors import EsperError, InvalidInput, NotFound
-from esper_core.ids import check_name, new_id
+from esper_core.errors import InvalidInput, NotFound
+from esper_core.ids import check_name
 from services.tolaria.config import TolariaConfig, read_run
+from services.tolaria.edge import answered
 
 EPILOG = """\
 examples:
@@ -73,25 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     arguments = parser().parse_args(argv)
     console = Console(stderr=True)
-    try:
+
+    def work() -> int:
         config = settings(arguments)
         log.configure("tolaria", json=not console.is_terminal, level=config.logging.level)
         if arguments.check:
             return check(config, arguments, Console())
         return train(config, arguments, console)
-    except EsperError as error:
-        console.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        if error.hint:
-            console.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.print("stopped at once; go on from the last checkpoint with --resume", markup=False, highlight=False)
-        return 130
-    except Exception:  # noqa: BLE001 - the process's edge: a defect becomes an incident id for the person, a trace for the log
-        incident = new_id()
-        log.get("tolaria").error("incident", incident=incident, trace=traceback.format_exc())
-        console.print(f"error: a defect in Esper, incident {incident}; the log above has its trace", style="bold red")
-        return 70
+
+    return answered(console, work, interrupted="stopped at once; go on from the last checkpoint with --resume")
 
 
 def settings(arguments: argparse.Namespace) -> TolariaConfig:

@@ -52,6 +52,11 @@ class ModelConfig(Section):
     heads: int = Field(4, ge=1, le=64, description="transformer: attention heads; must divide width")
     ffn: tuple[int, ...] = Field((256,), min_length=1, description="transformer: FFN units, of all blocks or of each")
 
+    @property
+    def own(self) -> dict[str, Any]:
+        """The fields that mean something for its host, as plain values: what makes the same host again."""
+        return self.model_dump(mode="json", include=_HOST_FIELDS[self.host] | {"host"})
+
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         _refuse_foreign(self, "model", f"host {self.host}", _HOST_FIELDS[self.host] | {"host"}, _HOST_FIELDS)

@@ -1,7 +1,7 @@
 """A run from its settings to its figures: the ungrown twin, the grown network, and what the platform is told of it.
 
 Everything of a run lies in ``<data_dir>/runs/<run>``: config.json, checkpoints, history.jsonl, twin/, spool/,
-orders.jsonl, result.json, model.safetensors, report.html.
+orders.jsonl, result.json, model.safetensors, morphology.json, held-out.safetensors, report.html.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from esper_core.config import Endpoints, read_endpoints
@@ -21,7 +20,7 @@ from esper_core.control.packet import Budget
 from esper_core.errors import AlreadyExists, Conflict, Exhausted, InvalidInput, NotFound
 from esper_core.nn.checkpoint import write_atomic
 from esper_core.nn.host import Host, wrap
-from services.tolaria import facts, hosts
+from services.tolaria import facts, hosts, keepsake
 from services.tolaria.config import TolariaConfig
 from services.tolaria.datasets import Data, prepare
 from services.tolaria.learner import Finished, Growing, Learner, Plain
@@ -99,7 +98,7 @@ class Experiment:
             trainer = self._main(data, host, plane)
             finished = trainer.learner.finish()
             result = self._result(data, trainer, finished, twin, time.perf_counter() - began)
-            self._keep(finished)
+            keepsake.keep(self.directory, self.config.model, data, finished.model)
             write_json(self.directory / "result.json", result.model_dump())
             self._tell_end(plane, facts.FINISHED, _figures(result), "")
         except Stopped as stopped:
@@ -147,11 +146,6 @@ class Experiment:
         if not trainer.train(self.stop):
             raise Stopped(self.stop.signal, self.run_id, trainer.epoch)
         return trainer
-
-    def _keep(self, finished: Finished) -> None:
-        """The trained network's weights, for whoever wants to use them: folded layers are simply wider."""
-        weights = {name: value.detach().cpu().contiguous() for name, value in finished.model.state_dict().items()}
-        write_atomic(self.directory / "model.safetensors", safetensors.torch.save(weights))
 
     def _result(
         self, data: Data, trainer: Trainer, finished: Finished, twin: Trainer | None, seconds: float
