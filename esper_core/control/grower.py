@@ -80,6 +80,7 @@ class Grower:
         self.source = source or CatalogueSource(self.settings.widths, seed, KernelCache(self.settings.cache_bytes))
         self.governor = Governor(self.settings.governor)
         self.survey = Survey(self.plot)
+        self._restored = False
         self._ledger = Ledger({name: Seed(run_id, name) for name in host.slots}, host.parameter_count)
 
     @property
@@ -114,7 +115,7 @@ class Grower:
         loss = self.survey.loss() if train_loss is None else train_loss
         self.survey.begin(loss)
         events: list[SeedEvent] = self._govern(epoch, loss)
-        rolled_back = any(event.target is State.ROLLED_BACK for event in events)
+        self._restored = False
         now = Boundary(self.plot, self.source, self.governor, epoch, loss, self._keep_snapshot)
         for seed in list(self._ledger.seeds.values()):
             events += self._advance(seed, now)
@@ -142,7 +143,7 @@ class Grower:
         refused: list[tuple[Command, str]] = []
         while self._ledger.waiting:
             self._obey(self._ledger.waiting.popleft(), now, events, refused)
-        rolled_back = rolled_back or any(event.target is State.ROLLED_BACK for event in events)
+        rolled_back = self._restored or any(event.target is State.ROLLED_BACK for event in events)
         return BoundaryReport(
             events=tuple(events),
             signal=signal,
@@ -226,6 +227,7 @@ class Grower:
         slot = self.plot.host.slots[seed.slot]
         if event.target is State.CULLED:
             self.plot.uproot(slot)
+            self._after_cull(seed)
             self._embargo(seed, event.epoch)
         elif event.target is State.ROLLED_BACK:
             self._after_rollback(seed, event.epoch)
@@ -236,6 +238,21 @@ class Grower:
                 self._renew_snapshots([name for name in self._ledger.snapshots if name != seed.slot])
         if event.target in _ENDS:
             self._ledger.snapshots.pop(seed.slot, None)
+
+    def _after_cull(self, seed: Seed) -> None:
+        """A graft that failed must not leave the host worse than it found it: the better of then and now, on held-back data.
+
+        With other grafts blended the host stays as it is, since they have learnt with it.
+        """
+        snapshot = self._ledger.snapshots.pop(seed.slot, None)
+        if snapshot is None or any(other.state in BLENDED for other in self.seeds):
+            return
+        now, kept = self.plot.held_back_loss(), self.plot.snapshot()
+        self.plot.restore(snapshot)
+        if now <= self.plot.held_back_loss():
+            self.plot.restore(kept)
+        else:
+            self._restored = True
 
     def _renew_snapshots(self, slots: list[str]) -> None:
         """The host changed otherwise than by training: for grafts blended before that, the way back is from now."""

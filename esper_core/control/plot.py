@@ -18,7 +18,7 @@ from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
-from esper_core.nn.probe import Batch, LossFunction, run
+from esper_core.nn.probe import Batch, LossFunction, mean_loss, run
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
 
@@ -117,9 +117,10 @@ class Plot:
             slot.release()
 
     def snapshot(self) -> dict[str, Any]:
-        """A way back: the host's weights and what the optimiser remembers of them, copied."""
+        """A way back: the host's weights, what the optimiser remembers of them, and the random state, copied."""
         memory = {name: self.optimizer.state[p] for name, p in self._trained() if p in self.optimizer.state}
-        return copy.deepcopy({"shapes": morphology(self.host), "host": dict(self.host.state_dict()), "memory": memory})
+        kept = {"shapes": morphology(self.host), "host": dict(self.host.state_dict()), "memory": memory}
+        return copy.deepcopy(kept | {"random": random_state()})
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Back to a snapshot. Kernels that are blended now keep theirs, and the schedule its present figures."""
@@ -132,6 +133,11 @@ class Plot:
         # Through its own state_dict the optimiser puts everything on the device it wants; what it keeps as it is must be a copy,
         # or the snapshot would train along.
         self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        set_random_state(snapshot["random"])
+
+    def held_back_loss(self) -> float:
+        """Mean loss on the held-back batches, as the host stands."""
+        return mean_loss(self.host, self.validation, self.loss_fn)
 
     def fold(self, slot: Slot) -> float | None:
         """Make the slot's kernel part of the host.
@@ -183,6 +189,20 @@ class Plot:
 
     def _held_elsewhere(self, slot: Slot) -> frozenset[str]:
         return frozenset().union(*(names for other, names in self.still.items() if other != slot.name))
+
+
+def random_state() -> dict[str, Tensor]:
+    """Torch's global generators: the CPU's, and of every CUDA device once one is in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return {"cpu": torch.get_rng_state(), **{str(index): state for index, state in enumerate(cuda)}}
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """Back to ``random_state``."""
+    torch.set_rng_state(state["cpu"])
+    for device, value in state.items():
+        if device != "cpu":
+            torch.cuda.set_rng_state(value, int(device))
 
 
 def doubled(inputs: Any) -> Any:

@@ -26,7 +26,7 @@ from esper_core.control.roles import KernelSource
 from esper_core.control.seed import Seed
 from esper_core.lifecycle import IN_FLIGHT, State
 from esper_core.nn.host import Host, Slot
-from esper_core.nn.probe import Batch, LossFunction, run
+from esper_core.nn.probe import Batch, LossFunction, mean_loss
 from esper_core.nn.signals import Evidence, Reading, Thresholds, measure
 
 REMEMBERED = 8
@@ -93,15 +93,9 @@ class Survey:
         self._readings: dict[str, Reading] = {}
         self._epoch = -1
 
-    @torch.no_grad()
     def loss(self) -> float:
         """Mean loss on the probe."""
-        with self.plot.host.evaluating():
-            parts = [
-                (float(self.plot.loss_fn(run(self.plot.host, inputs), targets)), len(targets))
-                for inputs, targets in self.plot.probe
-            ]
-        return sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
+        return mean_loss(self.plot.host, self.plot.probe, self.plot.loss_fn)
 
     def measure(self, epoch: int) -> None:
         """Take evidence and vital signs of every slot from one pass over the probe."""

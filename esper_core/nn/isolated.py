@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from esper_core.blueprint.build import KernelModule
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
-from esper_core.nn.probe import Batch, LossFunction, look, run
+from esper_core.nn.probe import Batch, LossFunction, look, mean_loss
 from esper_core.nn.rehearsal import CHECK_EVERY, PATIENCE
 from esper_core.nn.rows import inner_rows, leaving_map, leaving_rows
 from esper_core.nn.signals import RIDGE
@@ -140,7 +140,5 @@ def scale_output(kernel: KernelModule, factor: float) -> None:
 @torch.no_grad()
 def _loss_at(host: Host, graft: Graft, alpha: float, batches: Sequence[Batch], loss_fn: LossFunction) -> float:
     graft.alpha.fill_(alpha)
-    with host.evaluating():
-        total = sum(float(loss_fn(run(host, inputs), targets)) * len(targets) for inputs, targets in batches)
-    loss = total / sum(len(targets) for _, targets in batches)
+    loss = mean_loss(host, batches, loss_fn)
     return loss if loss == loss else float("inf")

@@ -39,6 +39,17 @@ def run(host: Host, inputs: Any) -> Any:
     return host(*inputs) if isinstance(inputs, tuple) else host(inputs)
 
 
+@torch.no_grad()
+def mean_loss(host: Host, batches: Iterable[Batch], loss_fn: LossFunction) -> float:
+    """Mean loss over the samples of one batch or more, in evaluation mode."""
+    total, count = 0.0, 0
+    with host.evaluating():
+        for inputs, targets in batches:
+            total += float(loss_fn(run(host, inputs), targets)) * len(targets)
+            count += len(targets)
+    return total / count
+
+
 def look(
     host: Host, slots: Iterable[Slot], batches: Iterable[Batch], loss_fn: LossFunction
 ) -> Iterator[tuple[float, dict[str, Sight]]]:

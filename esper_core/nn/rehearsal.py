@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host
-from esper_core.nn.probe import Batch, LossFunction, run
+from esper_core.nn.probe import Batch, LossFunction, mean_loss, run
 
 PATIENCE = 3
 """Looks at the held-back samples without an improvement after which rehearsing ends."""
@@ -61,7 +61,7 @@ def rehearse(
     parameters = list(kernel.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     with _blended(graft):
-        before = best = _loss(host, held, loss_fn)
+        before = best = mean_loss(host, held, loss_fn)
         kept, waited = copy.deepcopy(kernel.state_dict()), 0
         for step in range(1, steps + 1):
             inputs, targets = learn[int(torch.randint(len(learn), (1,), generator=dice))]
@@ -73,7 +73,7 @@ def rehearse(
                 parameter.grad = gradient
             optimizer.step()
             if step % CHECK_EVERY == 0 or step == steps:
-                found, waited = _loss(host, held, loss_fn), waited + 1
+                found, waited = mean_loss(host, held, loss_fn), waited + 1
                 if not found >= best:  # a NaN is kept as well: the gate must see it
                     best, kept, waited = found, copy.deepcopy(kernel.state_dict()), 0
                 if waited == PATIENCE or found != found:
@@ -111,13 +111,6 @@ def _through(graft: Graft, straight: bool) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@torch.no_grad()
-def _loss(host: Host, batches: Sequence[Batch], loss_fn: LossFunction) -> float:
-    with host.evaluating():
-        total = sum(float(loss_fn(run(host, inputs), targets)) * len(targets) for inputs, targets in batches)
-    return total / sum(len(targets) for _, targets in batches)
 
 
 def _taken(inputs: Any, chosen: Tensor) -> Any:
