@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
+import torch
 from torch import nn
 
 from esper_core.control.grower import Grower
@@ -11,19 +13,24 @@ from esper_core.control.packet import AdaptationSignal, Command, SystemStatePack
 from esper_core.control.settings import GrowthSettings
 from esper_core.ids import new_id
 from esper_core.lifecycle import State
+from esper_core.nn.host import Host, wrap
 from esper_core.nn.probe import Batch
 from tests.bench.bench import Pace, Table
 from tests.bench.device import settled
-from tests.bench.dormant import families, wrapped
+from tests.bench.dormant import families
 from tests.bench.figures import Row, Sample, block
 from tests.bench.graft import KERNELS, UNITS
 from tests.bench.nets import CLASSES, Family, adam, step_of
 
 NEVER = 1_000_000
 ROWS, BATCH = 1024, 256
+STARVE = {"MLP": 126, "CNN": 30, "ResNet": 0, "transformer": 126}
+"""Units taken from the layer that the slot spans; two are left."""
 LIFE = 40
 """Epochs in which a life must have ended."""
-SETTINGS = GrowthSettings(warmup_epochs=NEVER, widths=(UNITS,), training_epochs=1, min_reconstruction=-NEVER, rent=0.0)
+SETTINGS = GrowthSettings(
+    warmup_epochs=NEVER, widths=(UNITS,), training_epochs=1, training_patience=1, min_reconstruction=-NEVER, rent=0.0
+)
 """One lesson, no rent: what is timed is the work, not whether it pays."""
 
 
@@ -38,7 +45,7 @@ def run(pace: Pace) -> list[Table]:
     rows = []
     for family in families(pace, 1):
         pace.say(family.name)
-        rows += _lives(family, pace.rounds(5, 1))
+        rows += _lives(family, pace.rounds(3, 1))
     return [
         Table(
             "An epoch boundary at which a seed changes, in training steps",
@@ -69,7 +76,7 @@ def _lives(family: Family, lives: int) -> list[Row]:
 
 def _life(family: Family) -> tuple[list[tuple[str, float]], float]:
     """Every boundary of one seed's life with its wall seconds, and the seconds of a training step before it."""
-    host = wrapped(family)
+    host = _starved(family)
     optimizer = adam(host)
     inputs, targets = _learnable(family)
     rows = list(zip(inputs.split(BATCH), targets.split(BATCH), strict=True))
@@ -78,7 +85,7 @@ def _life(family: Family) -> tuple[list[tuple[str, float]], float]:
     step = step_of(host, optimizer, family.rows(family.batch))
     step_seconds = family.clock(step, block(step, family.clock))
     grower.command(_order(family, grower))
-    pauses = []
+    pauses = _parts(family, grower)
     for epoch in range(LIFE):
         settled(family.device)
         began = time.perf_counter()
@@ -93,12 +100,39 @@ def _life(family: Family) -> tuple[list[tuple[str, float]], float]:
     raise RuntimeError(f"the seed's life did not end within {LIFE} epochs")
 
 
+def _parts(family: Family, grower: Grower) -> list[tuple[str, float]]:
+    """What of a blending boundary is neither teaching nor measuring; nothing of it stays."""
+    plot, slot = grower.plot, grower.plot.host.slots[family.slot_name]
+    offer = max(grower.source.candidates(slot.interface), key=lambda offer: offer.width)
+    grower.source.request(offer.kernel_id, slot.interface)
+    kernel = grower.source.poll(offer.kernel_id)
+    assert kernel is not None
+    plot.plant(slot, kernel)
+    works = {"keeping a way back, alone": plot.snapshot, "blending in, alone": partial(plot.blend, slot)}
+    found = []
+    for what, work in works.items():
+        settled(family.device)
+        began = time.perf_counter()
+        work()
+        settled(family.device)
+        found.append((what, time.perf_counter() - began))
+    plot.uproot(slot)
+    return found
+
+
+def _starved(family: Family) -> Host:
+    """The family's network with so narrow a layer in the span that a kernel has something to bring; a ResNet stays as it is."""
+    torch.manual_seed(0)
+    return wrap(family.make(-STARVE[family.name.split()[0]]).to(family.device), family.rows(2)[0])
+
+
 def _learnable(family: Family) -> Batch:
     """Rows whose targets can be told from what enters: a kernel that helps nobody never gets as far as being folded."""
-    inputs, _ = family.rows(ROWS)
+    inputs, targets = family.rows(ROWS)
     if family.tokens:
         return inputs, inputs[:, 0] % CLASSES
-    return inputs, inputs.flatten(1)[:, :CLASSES].argmax(1)
+    centres, _ = family.rows(CLASSES, seed=1)
+    return inputs + centres[targets], targets
 
 
 def _order(family: Family, grower: Grower) -> Command:
