@@ -147,8 +147,8 @@ def _beside(case: Case, rounds: int, device: str) -> tuple[list[Row], list[Row]]
     with _kept(case), driving(case.forge) as driver:
         _train(step, WINDOW, device)
         for number in range(rounds):
-            names = [*windows][number % 3 :] + [*windows][: number % 3]
-            for name in names:
+            turned = [*windows][number % 3 :] + [*windows][: number % 3]
+            for name in turned if number % 2 else reversed(turned):
                 if name == "working":
                     driver.work()
                 windows[name].append(_train(step, WINDOW, device))
