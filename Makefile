@@ -13,7 +13,7 @@ PROTOS := $(shell find protos -name '*.proto') protos/generate.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup proto up down status demo test check bench clean
+.PHONY: help setup proto up down status demo test check bench bench-exec clean
 
 help: ## What can be typed here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ check: $(READY) $(STUBS) ## Format, lint, types, layers, contracts
 
 bench: $(READY) $(STUBS) ## Measure; prints ratios with their spread and the machine
 	@$(BIN)/python -m tests.bench
+
+bench-exec: $(READY) $(STUBS) ## Only what the execution layer costs; on a GPU: make bench-exec DEVICE=cuda
+	@$(BIN)/python -m tests.bench exec $(if $(DEVICE),--device $(DEVICE))
 
 clean: ## Remove what can be built again
 	rm -rf $(VENV) build dist esper_core/pb

@@ -5,7 +5,8 @@
 
 Blending is two forward hooks, present only while the kernel is blended: a dormant or isolated slot leaves no trace in the host's
 graph. A kernel that raises, gives a wrong shape or a non-finite value is left out of that forward pass and counted; after three such
-passes it is not asked again. Alpha is a zero-dimensional buffer, so moving it recompiles nothing.
+passes it is not asked again. Alpha is a zero-dimensional buffer, so moving it recompiles nothing; blending and its end are marked on
+both ends and what they are in, so that a host compiled before follows.
 
 Does not protect against a kernel that never returns, nor against one that reads or writes other memory of the process: who may bind a
 kernel at all is decided by signatures, before.
@@ -13,11 +14,14 @@ kernel at all is decided by signatures, before.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import structlog
 import torch
 from torch import Tensor, nn
+
+from esper_core.nn.mark import mark, unmark
 
 BREAKER = 3
 """Failures after which a kernel is not asked again."""
@@ -33,12 +37,21 @@ class Graft(nn.Module):
         sink: the module to whose output the kernel adds.
         kernel: maps (batch, …) of the interface's entering shape to its leaving shape.
         like: a tensor of the device and dtype that the kernel shall have.
+        around: modules that contain source or sink; compiled, some of them run their parts without calling them.
     """
 
     alpha: Tensor
     faults: Tensor
 
-    def __init__(self, source: nn.Module, sink: nn.Module, kernel: nn.Module, *, like: Tensor) -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        sink: nn.Module,
+        kernel: nn.Module,
+        *,
+        like: Tensor,
+        around: Iterable[nn.Module] = (),
+    ) -> None:
         super().__init__()
         self.kernel = kernel.to(device=like.device, dtype=like.dtype)
         # Non-persistent: a run's checkpoint keeps both beside the seed's state.
@@ -47,6 +60,7 @@ class Graft(nn.Module):
         self.muted = False
         # Kept out of the module tree: they belong to the host.
         self._ends = (source, sink)
+        self._around = tuple(around)
         self._entering: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.raised = 0
@@ -83,13 +97,19 @@ class Graft(nn.Module):
                 self.source.register_forward_pre_hook(self._remember),
                 self.sink.register_forward_hook(self._add),
             ]
+            for module in (*self._ends, *self._around):
+                mark(module)
 
     def detach(self) -> None:
         """The host is as it was before ``attach``, its forward bit for bit."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._entering = None
+        for module in (*self._ends, *self._around):
+            (mark if blended(module) else unmark)(module)
 
     def forward(self, entering: Tensor) -> Tensor:
         """The kernel's own output, unblended."""
@@ -112,7 +132,8 @@ class Graft(nn.Module):
             return self._refuse(leaving, f"gave {getattr(extra, 'shape', type(extra))}, not {tuple(leaving.shape)}")
         # The verdict stays on the device: asking for it here would stall every step.
         finite = torch.isfinite(extra.detach()).all()
-        self.faults += ~finite
+        # In place and by method: `+=` would set an attribute, which splits a compiled host's graph here.
+        self.faults.add_(~finite)
         usable = finite & (self.faults < BREAKER)
         if read.requires_grad:
             read.register_hook(lambda gradient: self._mask(gradient, usable))  # type: ignore[no-untyped-call]
@@ -121,10 +142,18 @@ class Graft(nn.Module):
     def _mask(self, gradient: Tensor, usable: Tensor) -> Tensor:
         """Nothing that is not finite reaches the host backwards: a zero times a NaN weight is a NaN."""
         finite = torch.isfinite(gradient).all()
-        self.faults += usable & ~finite
+        self.faults.add_(usable & ~finite)
         return torch.where(finite, gradient, torch.zeros_like(gradient))
 
     def _refuse(self, leaving: Tensor, why: str) -> Tensor:
         self.raised += 1
         log.warning("kernel.failed", why=why, failures=self.raised, retired=self.raised >= BREAKER)
         return leaving
+
+
+def blended(module: nn.Module) -> bool:
+    """Whether a kernel reads what enters this module or any part of it, or adds to what leaves."""
+    hooks = (
+        hook for part in module.modules() for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    )
+    return any(isinstance(getattr(hook, "__self__", None), Graft) for hook in hooks)

@@ -32,6 +32,9 @@ class Slot:
         self.sink = model.get_submodule(span.sink)
         self.graft: Graft | None = None
         self._interface = span.interface
+        self._around = tuple(
+            {id(part): part for path in (span.source, span.sink) for part in _around(model, path)}.values()
+        )
 
     @property
     def interface(self) -> SlotInterface:
@@ -82,7 +85,7 @@ class Slot:
         """
         if self.graft is not None:
             raise Conflict(f"slot {self.name} already has a kernel", hint="cull it first")
-        self.graft = Graft(self.source, self.sink, kernel, like=self.leader)
+        self.graft = Graft(self.source, self.sink, kernel, like=self.leader, around=self._around)
         return self.graft
 
     def release(self) -> None:
@@ -145,6 +148,12 @@ class Host(nn.Module):
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def _around(model: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The modules that contain the one at ``path``, the model first."""
+    names = path.split(".")
+    return (model.get_submodule(".".join(names[:depth])) for depth in range(len(names)))
 
 
 def wrap(

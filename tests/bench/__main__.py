@@ -20,19 +20,23 @@ from rich.console import Console
 
 from tests.bench import report
 from tests.bench.bench import Bench, Outcome, Pace
+from tests.bench.device import CPU, CUDA, described, missing
 from tests.bench.ground import Ground
 from tests.bench.machine import load, machine
-from tests.bench.registry import ABOUT, USUAL, bench
+from tests.bench.registry import ABOUT, ANY_DEVICE, GROUPS, USUAL, bench, expanded
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.splitlines()[0])
-    made.add_argument("names", nargs="*", metavar="NAME", help=f"which: {', '.join(ABOUT)} (default: all but presets)")
+    made.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"which: {', '.join((*ABOUT, *GROUPS))} (default: {', '.join(USUAL)})"
+    )
     made.add_argument("--list", action="store_true", help="say what there is to measure")
     made.add_argument("--quick", action="store_true", help="a glance: fewer rounds, hosts and seeds")
     made.add_argument("--seeds", type=int, default=8, metavar="N", help="seeds of the demo (default: 8)")
     made.add_argument("--platform", action="store_true", help="seeds: also through the platform, service by service")
+    made.add_argument("--device", choices=(CPU, CUDA), default=CPU, help="where hosts live (default: cpu)")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     made.add_argument(
         "--report", action="store_true", help=f"also write {report.PATH.name}, other benches' sections kept"
@@ -46,21 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         for name, about in ABOUT.items():
             print(f"{name:<10}{about}")
+        for name, members in GROUPS.items():
+            print(f"{name:<10}= {' '.join(members)}")
         return 0
-    if unknown := [name for name in options.names if name not in ABOUT]:
-        print(f"error: no bench {unknown[0]!r}\nhint: {', '.join(ABOUT)}", file=sys.stderr)
-        return 2
-    if options.seeds < 1:
-        print(f"error: --seeds {options.seeds} trains nothing\nhint: 1 or more", file=sys.stderr)
+    wanted = expanded(options.names or USUAL)
+    if refusal := _refusal(options, wanted):
+        print(refusal, file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: the servers outlive whoever starts them
-    facts = {**machine(), "mode": "quick" if options.quick else "full"}
+    facts = {**machine(), "device": described(options.device), "mode": "quick" if options.quick else "full"}
     out = Console() if sys.stdout.isatty() else Console(width=170)
     report.show_machine(out, facts)
     outcomes = []
     with Ground() as ground:
-        pace = Pace(options.quick, options.seeds, options.platform, ground)
-        for name in options.names or USUAL:
+        pace = Pace(options.quick, options.seeds, options.platform, ground, options.device)
+        for name in wanted:
             outcomes.append(_run(bench(name), pace))
             report.show(out, outcomes[-1])
     facts["load"] = f"{facts['load']} before and {load()} after"
@@ -69,6 +73,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.report:
         report.write(facts, outcomes)
     return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+def _refusal(options: argparse.Namespace, wanted: Sequence[str]) -> str:
+    """Why this cannot be measured; empty when it can."""
+    if unknown := [name for name in wanted if name not in ABOUT]:
+        return f"error: no bench {unknown[0]!r}\nhint: {', '.join((*ABOUT, *GROUPS))}"
+    if options.seeds < 1:
+        return f"error: --seeds {options.seeds} trains nothing\nhint: 1 or more"
+    if why := missing(options.device):
+        return f"error: {why}\nhint: --device cpu, or a torch with CUDA on a machine that has one"
+    if options.device != CPU and (bound := [name for name in wanted if name not in ANY_DEVICE]):
+        return f"error: bench {bound[0]!r} has nothing to do with a {options.device} device\nhint: exec has"
+    return ""
 
 
 def _run(wanted: Bench, pace: Pace) -> Outcome:

@@ -34,12 +34,14 @@ class Pace:
         seeds: how many seeds the growing benches train.
         platform: whether seeds also go through the platform.
         ground: the real servers, started when first asked for.
+        device: where hosts live, ``cpu`` or ``cuda``.
     """
 
     quick: bool
     seeds: int
     platform: bool
     ground: Ground
+    device: str = "cpu"
 
     def rounds(self, full: int, quick: int) -> int:
         """How often."""

@@ -14,7 +14,7 @@ from esper_core.control.packet import AdaptationSignal, SystemStatePacket
 from esper_core.control.settings import GrowthSettings
 from tests.bench.bench import Pace, Table
 from tests.bench.dormant import wrapped
-from tests.bench.figures import Row, Sample, block, timed
+from tests.bench.figures import Row, Sample, block
 from tests.bench.nets import SIZES, Family, adam, step_of
 
 PROBE_ROWS, PROBE_BATCH = 1024, 256
@@ -38,7 +38,7 @@ class Deciding:
 def run(pace: Pace) -> list[Table]:
     settings = GrowthSettings()
     rows = []
-    for family in SIZES[:1] if pace.quick else SIZES:
+    for family in [family.on(pace.device) for family in (SIZES[:1] if pace.quick else SIZES)]:
         pace.say(family.name)
         rows.append(_measured(family, settings, pace.rounds(15, 5)))
     note = (
@@ -65,11 +65,11 @@ def _measured(family: Family, settings: GrowthSettings, rounds: int) -> Row:
     )
     step = step_of(host, optimizer, family.rows(family.batch))
     grower.step(0, train_loss=1.0)  # builds the catalogue's offers, once per interface
-    times, steps, boundaries = block(step), [], []
+    times, steps, boundaries = block(step, family.clock), [], []
     ends = time.monotonic() + SECONDS
     for epoch in range(1, rounds + 1):
-        steps.append(timed(step, times))
-        boundaries.append(timed(partial(grower.step, epoch, 1.0)))
+        steps.append(family.clock(step, times))
+        boundaries.append(family.clock(partial(grower.step, epoch, 1.0), 1))
         if time.monotonic() > ends and epoch >= LEAST:
             break
     ratio = Sample(tuple(a / b for a, b in zip(boundaries, steps, strict=True)))

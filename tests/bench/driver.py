@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,11 @@ class Driver:
 
 
 @contextlib.contextmanager
-def driving() -> Iterator[Driver]:
-    """A driver whose forge is warm; ended afterwards."""
+def driving(cores: Collection[int] = ()) -> Iterator[Driver]:
+    """A driver whose forge is warm, kept to ``cores`` where some are named; ended afterwards."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(theirs,))
+    process = context.Process(target=_main, args=(theirs, tuple(cores)))
     process.start()
     theirs.close()
     driver = Driver(ours)
@@ -75,7 +76,9 @@ def jobs(blob: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _main(pipe: Connection) -> None:
+def _main(pipe: Connection, cores: tuple[int, ...]) -> None:
+    if cores:
+        os.sched_setaffinity(0, cores)  # the forge's child inherits it
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         asyncio.run(_drive(pipe))
 

@@ -3,7 +3,8 @@
 Times are never asserted. Two works are compared by running them in turn, one short block each per round and the order
 turned round every time, so that whatever else the machine does falls on both alike; the figure is the ratio within a
 round, not the quotient of two averages. Pure computation on one thread is timed in processor seconds of this process,
-because a neighbour's work is not ours; everything that waits for somebody is timed by the wall clock.
+because a neighbour's work is not ours, and on a GPU by events in its stream; everything that waits for somebody is timed
+by the wall clock.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from services.tolaria.result import interval
 
 Work = Callable[[], object]
 Row = dict[str, object]
+Clock = Callable[[Work, int], float]
+"""Seconds of one call, over so many calls in a row."""
 BLOCK_SECONDS = 0.02
 """A block is repeated until it lasts about this long, so that the clock and the call cost nothing."""
 ENOUGH_FOR_P99 = 50
@@ -91,11 +94,11 @@ def mean_row(what: str, values: Sequence[float]) -> Row:
     }
 
 
-def block(step: Work, seconds: float = BLOCK_SECONDS) -> int:
+def block(step: Work, clock: Clock | None = None, seconds: float = BLOCK_SECONDS) -> int:
     """How often ``step`` fits into a block; the calls made to find out warm it up."""
     for _ in range(3):
         step()
-    return max(1, round(seconds / max(timed(step), 1e-9)))
+    return max(1, round(seconds / max((clock or timed)(step, 1), 1e-9)))
 
 
 def timed(work: Work, times: int = 1) -> float:
@@ -106,15 +109,16 @@ def timed(work: Work, times: int = 1) -> float:
     return (time.process_time() - began) / times
 
 
-def interleaved(works: Mapping[str, Work], *, rounds: int) -> dict[str, list[float]]:
-    """Processor seconds per call of every work in every round.
+def interleaved(works: Mapping[str, Work], *, rounds: int, clock: Clock | None = None) -> dict[str, list[float]]:
+    """Seconds per call of every work in every round, by ``clock``; processor seconds when None.
 
     All works get blocks of equal length in calls, chosen so that the first one's block lasts ``BLOCK_SECONDS``.
     """
+    clock = clock or timed
     names = list(works)
-    times = block(works[names[0]])
+    times = block(works[names[0]], clock)
     for name in names[1:]:
-        block(works[name])
+        block(works[name], clock)
     found: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
     gc.disable()
@@ -122,7 +126,7 @@ def interleaved(works: Mapping[str, Work], *, rounds: int) -> dict[str, list[flo
         for number in range(rounds):
             turned = names[number % len(names) :] + names[: number % len(names)]
             for name in turned if number % 2 else reversed(turned):
-                found[name].append(timed(works[name], times))
+                found[name].append(clock(works[name], times))
     finally:
         if collecting:
             gc.enable()

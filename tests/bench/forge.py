@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -19,7 +22,8 @@ from services.child import WarmChild
 from services.sandbox import Limits
 from services.tezzeret.assortment import assortment
 from tests.bench.bench import Pace, Table
-from tests.bench.driver import FORGE, Driver, driving, jobs
+from tests.bench.device import settled
+from tests.bench.driver import FORGE, driving, jobs
 from tests.bench.figures import Row, Sample, ratio_row
 from tests.bench.ground import visit
 from tests.bench.nets import FAMILIES, adam, fresh, step_of
@@ -41,13 +45,13 @@ def run(pace: Pace) -> list[Table]:
     whole = pace.ground.run(through())
     pace.say("builds and evaluations by warm children")
     alone = pace.ground.run(_alone(pace.rounds(24, 8)))
-    rounds = pace.rounds(12, 2)
-    with driving() as driver:
-        pairs = []
-        for threads in (1,) if pace.quick else (1, 2):
-            pace.say(f"training on {threads} threads beside the forge")
-            pairs.append(_beside(driver, threads, rounds))
-        quiet = _undisturbed(driver, rounds)
+    rounds = pace.rounds(20, 2)
+    steps, builds = [], []
+    for case in _cases(pace.quick):
+        pace.say(f"training beside the forge, {case.name}")
+        found, meanwhile = _beside(case, rounds, pace.device)
+        steps += found
+        builds += meanwhile
     return [
         Table(
             "Warm children",
@@ -63,14 +67,44 @@ def run(pace: Pace) -> list[Table]:
         ),
         Table(
             "Training step while the forge works next door / while it does not",
-            [row for row, _ in pairs],
+            steps,
             (
-                f"Windows of {WINDOW} s in turn, wall clock: the ratio is of seconds per step. The forge runs at the lowest "
-                "priority on one thread.",
+                f"CNN, batch 64. Windows of {WINDOW} s in turn, two without the forge for one with it, wall clock: the ratio is of "
+                "seconds per step. 'at rest again' is the noise floor: one window without against the other. The forge runs at "
+                "the lowest priority on one thread.",
+                "A core each: trainer and forge are each kept to one core of their own. One core: both are kept to the same. Nobody "
+                "kept: the system places them.",
             ),
         ),
-        Table("What the forge gets done meanwhile", [*(row for _, row in pairs), quiet]),
+        Table("What the forge gets done meanwhile", builds),
     ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Who may run where.
+
+    Attributes:
+        name: for tables.
+        threads: of the trainer.
+        trainer, forge: cores each is kept to; empty for any.
+    """
+
+    name: str
+    threads: int
+    trainer: frozenset[int] = frozenset()
+    forge: frozenset[int] = frozenset()
+
+
+def _cases(quick: bool) -> list[Case]:
+    """A core to spare, none to spare, and what happens when nobody is kept anywhere, with one thread and with two."""
+    loose = [Case("nobody kept, 1 thread", 1), Case("nobody kept, 2 threads", 2)]
+    if not hasattr(os, "sched_setaffinity"):
+        return loose[: 1 if quick else 2]
+    cores = sorted(os.sched_getaffinity(0))
+    first, last = frozenset(cores[:1]), frozenset(cores[-1:])
+    kept = [Case("a core each", 1, first, last)] if len(cores) > 1 else []
+    return kept if quick and kept else [*kept, Case("one core for both", 1, first, first), *loose]
 
 
 async def _alone(rounds: int) -> list[Row]:
@@ -103,47 +137,60 @@ async def _alone(rounds: int) -> list[Row]:
     ]
 
 
-def _beside(driver: Driver, threads: int, rounds: int) -> tuple[Row, Row]:
-    """Steps with and without the forge at work, and what the forge got done meanwhile."""
-    family = FAMILIES[1]
+def _beside(case: Case, rounds: int, device: str) -> tuple[list[Row], list[Row]]:
+    """Steps with the forge at work against without, and what the forge got done meanwhile against alone."""
+    family = FAMILIES[1].on(device)
     model = fresh(family)
     step = step_of(model, adam(model), family.rows(64))
-    torch.set_num_threads(threads)
-    try:
-        _train(step, WINDOW)
-        busy, idle, rates = [], [], []
+    windows: dict[str, list[float]] = {"working": [], "rest": [], "again": []}
+    beside, alone = [], []
+    with _kept(case), driving(case.forge) as driver:
+        _train(step, WINDOW, device)
         for number in range(rounds):
-            for working in (True, False) if number % 2 else (False, True):
-                if not working:
-                    idle.append(_train(step, WINDOW))
-                    continue
-                driver.work()
-                busy.append(_train(step, WINDOW))
-                rates.append(driver.rest())
-    finally:
-        torch.set_num_threads(1)
-    what = f"on {threads} thread{'s' if threads > 1 else ''}"
+            turned = [*windows][number % 3 :] + [*windows][: number % 3]
+            for name in turned if number % 2 else reversed(turned):
+                if name == "working":
+                    driver.work()
+                windows[name].append(_train(step, WINDOW, device))
+                if name == "working":
+                    beside.append(driver.rest())
+            driver.work()
+            time.sleep(WINDOW)
+            alone.append(driver.rest())
     return (
-        ratio_row(f"CNN, batch 64, {what}", busy, idle),
-        Sample(tuple(rates)).row(f"builds beside training {what}", "per second"),
+        [
+            ratio_row(f"{case.name}: the forge at work", windows["working"], windows["rest"]),
+            ratio_row(f"{case.name}: at rest again", windows["again"], windows["rest"]),
+        ],
+        [
+            Sample(tuple(beside)).row(f"{case.name}: builds beside training", "per second"),
+            Sample(tuple(alone)).row(f"{case.name}: builds with nobody training", "per second"),
+        ],
     )
 
 
-def _undisturbed(driver: Driver, rounds: int) -> Row:
-    rates = []
-    for _ in range(rounds):
-        driver.work()
-        time.sleep(WINDOW)
-        rates.append(driver.rest())
-    return Sample(tuple(rates)).row("builds with nobody training", "per second")
+@contextlib.contextmanager
+def _kept(case: Case) -> Iterator[None]:
+    """The trainer, this thread, on its cores with its threads."""
+    cores = os.sched_getaffinity(0) if case.trainer else set()
+    torch.set_num_threads(case.threads)
+    if case.trainer:
+        os.sched_setaffinity(0, case.trainer)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+        if case.trainer:
+            os.sched_setaffinity(0, cores)
 
 
-def _train(step: Callable[[], None], seconds: float) -> float:
+def _train(step: Callable[[], None], seconds: float, device: str) -> float:
     """Train for ``seconds``; wall seconds per step."""
     began, steps = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
         step()
         steps += 1
+    settled(device)
     return (time.perf_counter() - began) / steps
 
 

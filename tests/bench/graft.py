@@ -10,9 +10,9 @@ from esper_core.blueprint.catalogue import catalogue
 from esper_core.nn.host import Host
 from esper_core.nn.widen import adopt, fold
 from tests.bench.bench import Pace, Table
-from tests.bench.dormant import wrapped
+from tests.bench.dormant import families, wrapped
 from tests.bench.figures import interleaved, ratio_row
-from tests.bench.nets import FAMILIES, Family, adam, fresh, step_of
+from tests.bench.nets import Family, adam, fresh, step_of
 
 UNITS = 8
 KERNELS = {
@@ -25,24 +25,24 @@ KERNELS = {
 
 def run(pace: Pace) -> list[Table]:
     rows, folded = [], []
-    for family in FAMILIES[:1] if pace.quick else FAMILIES:
+    for family in families(pace, 1):
         pace.say(family.name)
         batch = family.rows(family.batch)
         bare = fresh(family)
-        blended, optimizer, kernel = _blended(family)
+        blended, optimizer, kernel = grown(family)
         works = {"bare": step_of(bare, adam(bare), batch), "blended": step_of(blended, optimizer, batch)}
-        grown, its = _folded(family)
-        if grown is not None:
+        plain, its = _folded(family)
+        if plain is not None:
             native = fresh(family, UNITS)
             again = fresh(family, UNITS)
             works |= {
                 "native": step_of(native, adam(native), batch),
-                "folded": step_of(grown, its, batch),
+                "folded": step_of(plain, its, batch),
                 "again": step_of(again, adam(again), batch),
             }
-        found = interleaved(works, rounds=pace.rounds(50, 24))
+        found = interleaved(works, rounds=pace.rounds(50, 24), clock=family.clock)
         rows.append(ratio_row(f"{family.name}: {kernel} × {UNITS} blended / without", found["blended"], found["bare"]))
-        if grown is None:
+        if plain is None:
             continue
         rows.append(ratio_row(f"{family.name}: folded / without", found["folded"], found["bare"]))
         folded += [
@@ -59,7 +59,8 @@ def run(pace: Pace) -> list[Table]:
     ]
 
 
-def _blended(family: Family) -> tuple[Host, torch.optim.Optimizer, str]:
+def grown(family: Family) -> tuple[Host, torch.optim.Optimizer, str]:
+    """A host with a kernel of ``UNITS`` units blended in at alpha 1, its optimiser, and the blueprint's name."""
     host = wrapped(family)
     slot = host.slots[family.slot_name]
     name = KERNELS[family.name.split()[0]]
@@ -76,7 +77,7 @@ def _blended(family: Family) -> tuple[Host, torch.optim.Optimizer, str]:
 
 def _folded(family: Family) -> tuple[nn.Module | None, torch.optim.Optimizer]:
     """The plain network that folding leaves, or None where the algebra does not allow it."""
-    host, optimizer, _ = _blended(family)
+    host, optimizer, _ = grown(family)
     step_of(host, optimizer, family.rows(family.batch))()  # so that the optimiser has a memory to migrate
     done = fold(host, host.slots[family.slot_name], optimizer)
     return (host.model if done else None), optimizer

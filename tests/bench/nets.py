@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from services.tolaria import hosts
+from tests.bench.device import clock_of
+from tests.bench.figures import Clock
 
 Make = Callable[[int], nn.Module]
 CLASSES = 10
@@ -25,6 +27,7 @@ class Family:
         batch: rows of a training step.
         slot: source and sink of the span that is grown.
         tokens: size of the vocabulary, 0 for real-valued inputs.
+        device: where the network and its rows live.
     """
 
     name: str
@@ -33,14 +36,25 @@ class Family:
     batch: int
     slot: tuple[str, str]
     tokens: int = 0
+    device: str = "cpu"
 
     def rows(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
         """``count`` random inputs with targets."""
         generator = torch.Generator().manual_seed(seed)
         targets = torch.randint(CLASSES, (count,), generator=generator)
-        if self.tokens:
-            return torch.randint(self.tokens, (count, *self.shape), generator=generator), targets
-        return torch.randn(count, *self.shape, generator=generator), targets
+        shape = (count, *self.shape)
+        drawn = torch.randint(self.tokens, shape, generator=generator) if self.tokens else None
+        inputs = torch.randn(shape, generator=generator) if drawn is None else drawn
+        return inputs.to(self.device), targets.to(self.device)
+
+    def on(self, device: str) -> Family:
+        """The same on another device."""
+        return replace(self, device=device)
+
+    @property
+    def clock(self) -> Clock:
+        """How time is taken where it lives."""
+        return clock_of(self.device)
 
     @property
     def slot_name(self) -> str:
@@ -85,7 +99,7 @@ SIZES = (
 def fresh(family: Family, more: int = 0) -> nn.Module:
     """The network with its usual initial weights."""
     torch.manual_seed(0)
-    return family.make(more)
+    return family.make(more).to(family.device)
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 
 from tests.bench.bench import Bench, Pace, Table
 
 ABOUT = {
     "dormant": "a training step of the wrapped host, slots dormant or a seed in TRAINING, against the bare model",
+    "compiled": "a compiled training step of the dormant host against the compiled bare model, and both graphs",
+    "ramp": "a compiled host through a graft's life: compilations, and how long each change holds it up",
+    "swap": "how long training stands still at the boundaries of a graft's life, binding to folding",
+    "cache": "a kernel at hand and not at hand, and binding it to a slot",
+    "telemetry": "an epoch boundary that measures nothing, with 1 to 10,000 slots",
     "boundary": "one measuring epoch boundary in training steps, and its share of training at the defaults",
     "graft": "a training step with a blended kernel, and after folding against a natively wider network",
     "decide": "Tamiyo.Step over mutual TLS with 1 to 200 slots, and the policy alone",
@@ -18,8 +24,19 @@ ABOUT = {
     "seeds": "the demo over many seeds, its healthy twin, and a static network of the grown shape",
     "presets": "every other task preset, a few seeds each (minutes: only when named)",
 }
-USUAL = tuple(name for name in ABOUT if name != "presets")
+USUAL = tuple(name for name in ABOUT if name not in ("presets", "compiled", "ramp"))
 """What runs when nothing is named, within six minutes on two free cores."""
+GROUPS = {
+    "exec": ("dormant", "compiled", "ramp", "swap", "cache", "telemetry", "boundary", "graft", "forge"),
+}
+"""Names that stand for several benches: ``exec`` is what the execution layer costs."""
+ANY_DEVICE = frozenset(GROUPS["exec"])
+"""Benches that run on a GPU as well."""
+
+
+def expanded(names: Sequence[str]) -> list[str]:
+    """The benches that ``names`` stand for, each once; unknown names as they are."""
+    return list(dict.fromkeys(name for given in names for name in GROUPS.get(given, (given,))))
 
 
 def bench(name: str) -> Bench:

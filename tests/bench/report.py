@@ -18,7 +18,7 @@ from tests.bench.registry import ABOUT
 PATH = Path(__file__).with_name("REPORT.md")
 READING = "Reading"
 ORDER = tuple(ABOUT)
-MACHINE = ("processor", "cores", "memory", "system", "python", "torch", "grpcio")
+MACHINE = ("processor", "cores", "memory", "system", "python", "torch", "grpcio", "device")
 HEAD = """# What it costs and what it brings
 
 Written by `python -m tests.bench --report`; the last section by a person. Ratios come from runs side by side, block by

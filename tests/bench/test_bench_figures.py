@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.bench import report
+from tests.bench import __main__ as command
+from tests.bench import report, telemetry
 from tests.bench.bench import Bench, Outcome, Table
 from tests.bench.figures import ENOUGH_FOR_P99, Sample, interleaved, mean_row, ratio_row
+from tests.bench.registry import ABOUT, GROUPS, expanded
 
 
 def test_quantiles_lie_between_the_order_statistics() -> None:
@@ -55,6 +59,57 @@ def test_works_take_turns_in_equal_blocks() -> None:
     found = interleaved({"a": lambda: work("a"), "b": lambda: work("b")}, rounds=4)
     assert {name: len(values) for name, values in found.items()} == {"a": 4, "b": 4}
     assert calls["a"] == calls["b"]
+
+
+def test_another_clock_may_be_used() -> None:
+    ticks = itertools.count(1)
+    found = interleaved(
+        {"a": lambda: None, "b": lambda: None}, rounds=2, clock=lambda _work, _times: float(next(ticks))
+    )
+    assert sorted(found["a"] + found["b"]) == [3.0, 4.0, 5.0, 6.0]  # 1 and 2 went to find the length of a block
+
+
+def test_a_group_is_its_benches_each_once() -> None:
+    assert expanded(["graft", "exec"])[0] == "graft"
+    assert sorted(expanded(["graft", "exec"])) == sorted(GROUPS["exec"])
+    assert set(GROUPS["exec"]) <= set(ABOUT)
+    assert expanded(["nothing"]) == ["nothing"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "no bench 'nothing'"),
+        (["--seeds", "0"], "trains nothing"),
+        pytest.param(
+            ["exec", "--device", "cuda"],
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_with_a_hint(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(arguments) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert "hint: " in told.err
+    assert not told.out
+
+
+def test_on_a_gpu_only_what_lives_there_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert command.main(["graft", "bus", "--device", "cuda"]) == 2
+    assert "'bus'" in capsys.readouterr().err
+
+
+def test_many_slots_are_a_host_that_runs() -> None:
+    host = telemetry.many(3, "cpu")
+    assert [slot.name for slot in host.slots.values()] == ["0:1", "1:2", "2:3"]
+    assert host(torch.ones(1, 2)).shape == (1, 2)
 
 
 def test_the_report_keeps_what_a_person_wrote(tmp_path: Path) -> None:
