@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from esper_core.errors import InvalidInput
 from esper_core.nn.probe import Batch
 
-GIVE_THEM = "pass probe=[...] and validation=[...], lists of (inputs, targets), to the callback"
+GIVE_THEM = "pass probe=[...] and validation=[...], lists of batches, to the callback"
 
 
 def collect(loader: Any, split: Callable[[Any], Batch], rows: int, seed: int) -> list[Batch]:
@@ -75,16 +75,16 @@ def _samples(dataset: Any, rows: int) -> list[Any]:
 @contextmanager
 def _own_chance(seed: int) -> Iterator[None]:
     """Random numbers of one's own inside; PyTorch's, NumPy's and Python's as before afterwards."""
-    plain, vectors = random.getstate(), np.random.get_state()  # noqa: NPY002
+    plain, vectors = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
+            np.random.seed(seed % 2**32)
             yield
     finally:
         random.setstate(plain)
-        np.random.set_state(vectors)  # noqa: NPY002
+        np.random.set_state(vectors)
 
 
 def _pieces(rows: int, size: int) -> list[slice]:

@@ -58,12 +58,8 @@ def host_of(
     def renamed(path: str) -> str:
         return prefix + path.removeprefix("model.")
 
-    chosen = [
-        Span(renamed(slot.source_path), renamed(slot.sink_path), slot.interface) for slot in found.slots.values()
-    ]
-    known = tuple(
-        replace(span, source=renamed(span.source), sink=renamed(span.sink)) for span in found.graph.spans
-    )
+    chosen = [Span(renamed(slot.source_path), renamed(slot.sink_path), slot.interface) for slot in found.slots.values()]
+    known = tuple(replace(span, source=renamed(span.source), sink=renamed(span.sink)) for span in found.graph.spans)
     graph = HostGraph(tuple(renamed(path) for path in found.graph.modules), found.graph.edges, known)
     return CalledHost(model, graph, chosen, call)
 
@@ -81,7 +77,7 @@ class _Called(nn.Module):
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module:
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if path not in modules:
         raise InvalidInput(f"the network has no module {path!r}", hint=nearest(path, filter(None, modules)))
     return modules[path]

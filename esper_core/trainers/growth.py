@@ -29,7 +29,7 @@ from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction
 from esper_core.nn.trace import Growable, HostGraph
 from esper_core.nn.widen import morphology, reshape
-from esper_core.trainers.batches import moved
+from esper_core.trainers.batches import collect, moved
 from esper_core.trainers.calling import Call, host_of
 
 log = get(__name__)
@@ -45,16 +45,16 @@ class Options(TypedDict, total=False):
     """What a callback can be told, all of it optional.
 
     Attributes:
-        probe: batches for signals; ``rows`` samples of the training data when absent.
-        validation: held-back batches that judge grafts; ``rows`` samples of the validation data when absent.
+        probe: batches for signals, as the data loaders give them; ``rows`` samples of the training data when absent.
+        validation: held-back ones that judge grafts; ``rows`` samples of the validation data when absent.
         rows: samples to take from a loader, 1024.
         within: path of the submodule that is traced and grown, where the whole network cannot be traced.
         spans: (source, sink) module paths; every span found when absent.
         budget, settings, controller, source, run_id, seed: as for ``esper_core.Grower``.
     """
 
-    probe: Sequence[Batch]
-    validation: Sequence[Batch]
+    probe: Sequence[Any]
+    validation: Sequence[Any]
     rows: int
     within: str
     spans: Sequence[tuple[str, str]]
@@ -81,7 +81,6 @@ class Growth:
                 f"no option {', '.join(sorted(unknown))}", hint=f"options: {', '.join(Options.__annotations__)}"
             )
         self.loss_fn, self.options = loss_fn, options
-        self.rows, self.seed = options.get("rows", ROWS), options.get("seed", 0)
         self.grower: Grower | None = None
         self.report: GrowthReport | None = None
         self.boundaries = 0
@@ -105,21 +104,22 @@ class Growth:
         def fit(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
             replaced.update(conform(module, state, prefix, optimizer()))
 
-        return model.register_load_state_dict_pre_hook(fit)
+        return model.register_load_state_dict_pre_hook(fit)  # type: ignore[no-untyped-call]
 
     def begin(
         self,
         model: nn.Module,
         call: Call,
         optimizers: Sequence[Optimizer],
-        probe: Callable[[], list[Batch]],
-        validation: Callable[[], list[Batch]],
+        split: Callable[[Any], Batch],
+        loaders: Mapping[str, Callable[[], Any]],
         epoch: int,
     ) -> None:
         """Find the places to grow and, after ``load_state_dict``, continue there.
 
         Args:
-            probe, validation: collect batches; asked only where the options give none.
+            split: a batch of the data loaders → (inputs, targets).
+            loaders: the data loaders for "probe" and "validation"; asked only where the options give no batches.
             epoch: the next one, where nothing is resumed.
 
         Raises:
@@ -128,20 +128,18 @@ class Growth:
         """
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         options = self.options
-        probes = moved(list(options["probe"]) if "probe" in options else probe(), device)
-        held_back = moved(list(options["validation"]) if "validation" in options else validation(), device)
-        if not probes:
-            raise InvalidInput("there are no probe rows", hint="pass probe=[(inputs, targets), ...]")
-        host = host_of(model, probes[0][0], call, options.get("within", ""), options.get("spans"))
+        batches = {name: moved(self._batches(name, split, loader), device) for name, loader in loaders.items()}
+        inputs = batches["probe"][0][0]
+        host = host_of(model, inputs, call, options.get("within", ""), options.get("spans"))
         if not host.slots:
             raise InvalidInput(
                 f"{type(model).__name__} has no span to grow over",
                 hint="a span is two linear or convolutional layers in a row; name blocks by spans=[(source, sink)]",
             )
         keys = ("budget", "settings", "controller", "source", "run_id", "seed")
-        given: dict[str, Any] = {key: options[key] for key in keys if key in options}  # type: ignore[literal-required]
+        given: dict[str, Any] = batches | {key: options[key] for key in keys if key in options}  # type: ignore[literal-required]
         optimizer = optimizer_of(host, optimizers)
-        self.grower = Grower(host, optimizer, self.loss_fn, probe=probes, validation=held_back, **given)
+        self.grower = Grower(host, optimizer, self.loss_fn, **given)
         self.report, self.boundaries = None, epoch
         self._hooks = [optimizer.register_state_dict_post_hook(self._own_parameters)]
         self._resume(morphology(host))
@@ -185,6 +183,8 @@ class Growth:
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs beside the trainer's own checkpoint: tensors and plain values in dicts and lists."""
+        if self._pending is not None:
+            return dict(self._pending)
         if self.grower is None and not self._born:
             return {}
         with self._at_work():
@@ -211,6 +211,14 @@ class Growth:
         """
         self.load_state_dict(state)
         self._resume({})
+
+    def _batches(self, name: str, split: Callable[[Any], Batch], loader: Callable[[], Any]) -> list[Batch]:
+        given: Sequence[Any] | None = self.options.get(name)  # type: ignore[assignment]
+        if given is None:
+            return collect(loader(), split, self.options.get("rows", ROWS), self.options.get("seed", 0))
+        if not given:
+            raise InvalidInput(f"there are no {name} rows", hint=f"pass {name}=[...] with a batch or more")
+        return [split(batch) for batch in given]
 
     def _resume(self, present: dict[str, list[int]]) -> None:
         state, self._pending = self._pending, None
@@ -275,8 +283,8 @@ class Growth:
             return None
         groups = []
         for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-            kept = [i for p, i in zip(group["params"], saved["params"], strict=True) if id(p) not in foreign]
-            groups.append({**saved, "params": kept})
+            own = [i for p, i in zip(group["params"], saved["params"], strict=True) if id(p) not in foreign]
+            groups.append({**saved, "params": own})
         kept = {index for group in groups for index in group["params"]}
         memory = {index: value for index, value in state["state"].items() if index in kept}
         return {**state, "state": memory, "param_groups": groups}

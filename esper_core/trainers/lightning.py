@@ -1,13 +1,13 @@
 """Growing inside a Lightning ``Trainer``.
 
-    import lightning.pytorch as pl
-    from torch.nn.functional import cross_entropy
-    from esper_core.trainers.lightning import GrowthCallback
+import lightning.pytorch as pl
+from torch.nn.functional import cross_entropy
+from esper_core.trainers.lightning import GrowthCallback
 
-    growth = GrowthCallback(cross_entropy, module="net")       # the submodule that maps inputs to outputs
-    trainer = pl.Trainer(max_epochs=100, callbacks=[growth])
-    trainer.fit(lit, train_loader, validation_loader)          # ckpt_path="last" resumes, kernels and all
-    print(growth.report)                                       # lit.net is a plain, wider network
+growth = GrowthCallback(cross_entropy, module="net")       # the submodule that maps inputs to outputs
+trainer = pl.Trainer(max_epochs=100, callbacks=[growth])
+trainer.fit(lit, train_loader, validation_loader)          # ckpt_path="last" resumes, kernels and all
+print(growth.report)                                       # lit.net is a plain, wider network
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import nn
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ModuleNotFoundError:  # the package under its other name
-    from pytorch_lightning import Callback, LightningModule, Trainer
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
 
 from esper_core.control.grower import Grower
 from esper_core.control.harvest import GrowthReport
 from esper_core.errors import InvalidInput, Unsupported, nearest
 from esper_core.nn.probe import Batch, LossFunction
-from esper_core.trainers.batches import GIVE_THEM, collect, pair
+from esper_core.trainers.batches import GIVE_THEM, pair
 from esper_core.trainers.calling import plainly
 from esper_core.trainers.growth import Growth, Options
 
@@ -100,8 +100,11 @@ class GrowthCallback(Callback):
             self._model(pl_module),
             plainly,
             trainer.optimizers,
-            lambda: self._collect(trainer.train_dataloader, "training"),
-            lambda: self._collect(trainer.val_dataloaders, "validation"),
+            self._split,
+            {
+                "probe": lambda: _single(trainer.train_dataloader, "training"),
+                "validation": lambda: _single(trainer.val_dataloaders, "validation"),
+            },
             trainer.current_epoch,
         )
 
@@ -137,7 +140,7 @@ class GrowthCallback(Callback):
             )
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
-        modules = dict(pl_module.named_modules())
+        modules: dict[str, nn.Module] = dict(pl_module.named_modules())
         if self.module not in modules:
             known = ", ".join(name for name, _ in pl_module.named_children())
             raise InvalidInput(
@@ -145,12 +148,6 @@ class GrowthCallback(Callback):
                 hint=f"GrowthCallback(..., module=...) names the network; {nearest(self.module, known.split(', '))}",
             )
         return modules[self.module]
-
-    def _collect(self, loaders: Any, which: str) -> list[Batch]:
-        loader = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
-        if loader is None:
-            raise InvalidInput(f"the trainer has no {which} data loader", hint=GIVE_THEM)
-        return collect(loader, self._split, self._growth.rows, self._growth.seed)
 
 
 def refuse(trainer: Trainer) -> None:
@@ -166,6 +163,13 @@ def refuse(trainer: Trainer) -> None:
         )
     if trainer.precision != "32-true":
         raise Unsupported(f"growing with precision {trainer.precision}", hint='Trainer(precision="32-true")')
+
+
+def _single(loaders: Any, which: str) -> Any:
+    loader = loaders[0] if isinstance(loaders, (list, tuple)) and len(loaders) == 1 else loaders
+    if loader is None:
+        raise InvalidInput(f"the trainer has no {which} data loader", hint=GIVE_THEM)
+    return loader
 
 
 def _has_kernels(state: Mapping[str, Any]) -> bool:
