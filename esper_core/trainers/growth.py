@@ -114,13 +114,13 @@ class Growth:
         split: Callable[[Any], Batch],
         loaders: Mapping[str, Callable[[], Any]],
         epoch: int,
-    ) -> None:
-        """Find the places to grow and, after ``load_state_dict``, continue there.
+    ) -> dict[str, float]:
+        """Find the places to grow and, after ``load_state_dict``, continue there; figures for the log, as of ``reached``.
 
         Args:
             split: a batch of the data loaders → (inputs, targets).
             loaders: the data loaders for "probe" and "validation"; asked only where the options give no batches.
-            epoch: the next one, where nothing is resumed.
+            epoch: the next one. A checkpoint may be of an epoch's last batch, before its end: that boundary is lived now.
 
         Raises:
             InvalidInput: when there is no batch, nowhere to grow, or no optimiser over those places.
@@ -143,6 +143,7 @@ class Growth:
         self.report, self.boundaries = None, epoch
         self._hooks = [optimizer.register_state_dict_post_hook(self._own_parameters)]
         self._resume(morphology(host))
+        return self.reached(epoch)
 
     def reached(self, epoch: int) -> dict[str, float]:
         """Live the boundaries up to the one after ``epoch`` epochs, where that has not been done; figures for the log, if it has."""

@@ -106,21 +106,18 @@ class GrowthCallback(TrainerCallback):
         if state.global_step:
             self._growth.load_state_dict(self._saved(args, state.global_step))
         names: list[str] = []
-        self._growth.begin(
+        figures = self._growth.begin(
             _model(self._trainer),
             _by_name(names),
             [] if optimizer is None else [optimizer],
             self._split(names),
             {"probe": lambda: given["train_dataloader"], "validation": self._validation},
-            _epochs(state),
+            math.floor(state.epoch or 0),
         )
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # Resumed from a checkpoint written at an epoch's last step, before its end: that boundary is still to come.
-        self._log(self._growth.reached(math.floor(state.epoch or 0)), control)
+        self._log(figures, control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._log(self._growth.reached(_epochs(state)), control)
+        self._log(self._growth.reached(math.ceil(state.epoch or 0)), control)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -228,11 +225,6 @@ def _by_name(names: list[str]) -> Callable[..., Tensor]:
         return model(**dict(zip(names, inputs, strict=True))).logits  # type: ignore[no-any-return]
 
     return call
-
-
-def _epochs(state: TrainerState) -> int:
-    """Epochs begun so far: 3 at the end of the third, and within it."""
-    return math.ceil(state.epoch or 0)
 
 
 def _folder(args: TrainingArguments, step: int) -> Path:

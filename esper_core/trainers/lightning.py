@@ -108,10 +108,6 @@ class GrowthCallback(Callback):
             trainer.current_epoch,
         )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Resumed from a checkpoint written after an epoch's last batch, but before its end: that boundary is still to come.
-        self._growth.reached(trainer.current_epoch)
-
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         figures = self._growth.reached(trainer.current_epoch + 1)
         if figures:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +116,9 @@ def test_an_unknown_option_is_refused() -> None:
     with pytest.raises(InvalidInput, match="no option budgets") as caught:
         Growth(LOSS, wrong)
     assert "budget," in caught.value.hint
+
+
+def test_neither_trainer_is_loaded_unless_asked_for() -> None:
+    code = "import sys, esper_core.trainers.growth; print(*({'lightning', 'pytorch_lightning', 'transformers'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.strip() == ""

@@ -98,9 +98,7 @@ class Fit:
         self, folder: Path, growth: GrowthCallback, lit: Lit | None = None, resume: Path | None = None, **options: Any
     ) -> None:
         self.lit, self.growth, self.folder = lit or Lit(), growth, folder
-        keep = ModelCheckpoint(
-            dirpath=folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=options.pop("after", True)
-        )
+        keep = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, **options.pop("when", {}))
         self.trainer = trainer(folder, growth, keep, enable_checkpointing=True, **options)
         self.trainer.fit(self.lit, loader(11), loader(12), ckpt_path=resume)
 
@@ -172,11 +170,23 @@ def test_resumed_equals_uninterrupted(kind: str, state: State, folder: Path, tmp
         assert torch.load(path, weights_only=False)["state_dict"]["net.2.weight"].shape != Lit().net[2].weight.shape
 
 
-def test_a_checkpoint_from_before_the_epochs_end_is_resumed_too(folder: Path, tmp_path: Path) -> None:
-    """Written after the validation loop: the boundary of that epoch is still to be lived."""
-    run = Fit(tmp_path / "whole", growing(), after=False)
-    assert run.like(whole("folded", folder))
-    again = Fit(tmp_path / "again", growing(), resume=run.checkpoint(State.GRAFTING), after=False)
+class Constant(Lit):
+    """Lightning itself forgets a schedule's step when it resumes from an epoch's last batch."""
+
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers()[0]
+
+
+@pytest.mark.parametrize(
+    "when", [{"save_on_train_epoch_end": False}, {"every_n_train_steps": 4}], ids=["validated", "last batch"]
+)
+def test_a_checkpoint_from_before_the_epochs_end_is_resumed_too(when: dict[str, Any], tmp_path: Path) -> None:
+    """The boundary of that epoch is still to be lived."""
+    run = Fit(tmp_path / "whole", growing(), Constant(), when=when)
+    path = run.checkpoint(State.GRAFTING)
+    saved = torch.load(path, weights_only=False)
+    assert saved["epoch"] == saved["callbacks"]["GrowthCallback"]["boundaries"]
+    again = Fit(tmp_path / "again", growing(), Constant(), resume=path, when=when)
     assert again.like(run)
 
 
