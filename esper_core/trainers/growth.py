@@ -126,6 +126,7 @@ class Growth:
             InvalidInput: when there is no batch, nowhere to grow, or no optimiser over those places.
             Corrupt: when what is resumed does not belong to the weights that were loaded.
         """
+        self._leave()
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         options = self.options
         batches = {name: moved(self._batches(name, split, loader), device) for name, loader in loaders.items()}
@@ -175,6 +176,17 @@ class Growth:
             hook.remove()
         self.grower, self._hooks = None, []
         return figures
+
+    def _leave(self) -> None:
+        """What a run that was cut off has left in the network: kept where training goes on, taken out where an earlier state comes."""
+        if self.grower is None:
+            return
+        if self._pending is None:
+            self.finish()
+            return
+        for slot in self.grower.plot.host.slots.values():
+            self.grower.plot.uproot(slot)
+        self.grower = None
 
     @property
     def kernels(self) -> list[nn.Parameter]:

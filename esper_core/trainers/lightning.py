@@ -92,8 +92,8 @@ class GrowthCallback(Callback):
         self._fitting = stage == "fit"
         if self._fitting:
             refuse(trainer)
-        if self._watch is None:
-            self._watch = self._growth.watch(self._model(pl_module))
+        self._unwatch()
+        self._watch = self._growth.watch(self._model(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._growth.begin(
@@ -119,9 +119,7 @@ class GrowthCallback(Callback):
             logger.log_metrics(figures, step=trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        self._unwatch()
 
     def state_dict(self) -> dict[str, Any]:
         return self._growth.state_dict()
@@ -134,6 +132,11 @@ class GrowthCallback(Callback):
                 "the checkpoint has kernels that are not part of the network yet",
                 hint="resume it by trainer.fit, or evaluate a checkpoint written after fit has ended",
             )
+
+    def _unwatch(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
 
     def _model(self, pl_module: LightningModule) -> nn.Module:
         modules: dict[str, nn.Module] = dict(pl_module.named_modules())

@@ -190,6 +190,19 @@ def test_a_checkpoint_from_before_the_epochs_end_is_resumed_too(when: dict[str, 
     assert again.like(run)
 
 
+def test_a_fit_that_was_cut_off_goes_on_in_the_same_process(folder: Path, tmp_path: Path) -> None:
+    class Cut(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if growth.grower.alpha(SLOT) == 1:
+                raise RuntimeError("power cut")
+
+    run, lit, growth = whole("folded", folder), Lit(), growing()
+    with pytest.raises(RuntimeError, match="power cut"):
+        trainer(tmp_path, growth, Cut()).fit(lit, loader(11), loader(12))
+    again = Fit(tmp_path, growth, lit, resume=run.checkpoint(State.GRAFTING))
+    assert again.like(run)
+
+
 def test_its_part_of_a_checkpoint_is_tensors_and_plain_values(folder: Path, tmp_path: Path) -> None:
     saved = torch.load(whole("folded", folder).checkpoint(State.GRAFTING), weights_only=False)["callbacks"]
     torch.save(saved["GrowthCallback"], tmp_path / "state.pt")
