@@ -88,6 +88,11 @@ class Grower:
         """The present seed of every slot, in slot order."""
         return tuple(self._ledger.seeds.values())
 
+    @property
+    def added_parameters(self) -> int:
+        """Host and blended kernels against the host at the start."""
+        return self.plot.parameters - self._ledger.initial_parameters
+
     def alpha(self, slot: str) -> float:
         """The slot's blend factor; 0 without a kernel."""
         graft = self.plot.host.slots[slot].graft
@@ -274,7 +279,7 @@ class Grower:
 
     def _left(self) -> Budget:
         limit = self.budget.parameters
-        grown = self.plot.parameters - self._ledger.initial_parameters
+        grown = self.added_parameters
         # Kernels that are on their way or learning count as if they were blended.
         grown += sum(seed.parameters for seed in self.seeds if seed.state in IN_FLIGHT - BLENDED)
         left = None if limit is None else max(0, limit - grown)
