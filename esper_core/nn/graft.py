@@ -5,7 +5,8 @@
 
 Blending is two forward hooks, present only while the kernel is blended: a dormant or isolated slot leaves no trace in the host's
 graph. A kernel that raises, gives a wrong shape or a non-finite value is left out of that forward pass and counted; after three such
-passes it is not asked again. Alpha is a zero-dimensional buffer, so moving it recompiles nothing.
+passes it is not asked again. Alpha is a zero-dimensional buffer, so moving it recompiles nothing. A kernel with batch statistics uses
+those of the batch when the host's own norm does, and its running ones otherwise.
 
 Does not protect against a kernel that never returns, nor against one that reads or writes other memory of the process: who may bind a
 kernel at all is decided by signatures, before.
@@ -33,12 +34,15 @@ class Graft(nn.Module):
         sink: the module to whose output the kernel adds.
         kernel: maps (batch, …) of the interface's entering shape to its leaving shape.
         like: a tensor of the device and dtype that the kernel shall have.
+        follows: the module of the host whose mode, training or evaluation, the kernel takes; the sink's when None.
     """
 
     alpha: Tensor
     faults: Tensor
 
-    def __init__(self, source: nn.Module, sink: nn.Module, kernel: nn.Module, *, like: Tensor) -> None:
+    def __init__(
+        self, source: nn.Module, sink: nn.Module, kernel: nn.Module, *, like: Tensor, follows: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.kernel = kernel.to(device=like.device, dtype=like.dtype)
         # Non-persistent: a run's checkpoint keeps both beside the seed's state.
@@ -47,6 +51,7 @@ class Graft(nn.Module):
         self.muted = False
         # Kept out of the module tree: they belong to the host.
         self._ends = (source, sink)
+        self._follows = (follows or sink,)
         self._entering: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.raised = 0
@@ -74,7 +79,7 @@ class Graft(nn.Module):
     @property
     def broken(self) -> bool:
         """Whether it has lost its say: too many failures, or weights that are not finite. Reads the device."""
-        return self.errors >= BREAKER or not all(bool(p.detach().isfinite().all()) for p in self.kernel.parameters())
+        return self.errors >= BREAKER or not all(bool(t.isfinite().all()) for t in self.kernel.state_dict().values())
 
     def attach(self) -> None:
         """From now on the host's output includes ``alpha`` times the kernel's."""
@@ -102,6 +107,9 @@ class Graft(nn.Module):
         entering, self._entering = self._entering, None
         if self.muted or entering is None or self.raised >= BREAKER:
             return leaving
+        (host,) = self._follows
+        if self.kernel.training != host.training:
+            self.kernel.train(host.training)
         # A node of its own: what comes back through the kernel can be masked apart from what comes back through the host.
         read = entering.view_as(entering)
         try:
