@@ -78,6 +78,8 @@ class Norms:
             return f"the norm {path} is used in more than one place"
         if module.momentum is None:
             return f"the norm {path} averages over all batches since its start, and new units start later"
+        if (module.weight is None) != (module.bias is None):
+            return f"the norm {path} has a factor per unit but no offset, a kernel's has both"
         if not (0 < module.eps <= 1 and 0 <= module.momentum <= 1):
             return f"the norm {path} has eps {module.eps} and momentum {module.momentum}: out of range"
         return path, module

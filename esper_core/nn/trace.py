@@ -23,7 +23,7 @@ from torch import nn
 from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.errors import InvalidInput, Unsupported
 from esper_core.nn.between import Between, Norms, between
-from esper_core.nn.windows import geometry, unwidenable
+from esper_core.nn.windows import entering, geometry, unwidenable
 
 Growable = nn.Linear | nn.Conv2d
 
@@ -168,15 +168,16 @@ class _Reader:
             passed.append(node)
         first, last = (cast(Growable, self.modules[self.owner[end]]) for end in (source, node))
         found = between(passed, self.norms, first, _shape(source))
-        obstacle = found.obstacle or unwidenable(first, "source") or unwidenable(last, "sink")
-        interface = _interface(_shape(source.args[0]), _shape(node), first, last, found, foldable=not obstacle)
+        obstacle = unwidenable(first, "source") or unwidenable(last, "sink") or found.obstacle
+        reads = entering(first, _shape(source.args[0]))
+        interface = _interface(reads, _shape(node), first, last, found, foldable=not obstacle)
         if interface is None:
             return None
         return Span(self.owner[source], self.owner[node], interface, found.norm_path, obstacle)
 
 
 def _interface(
-    entering: tuple[int, ...],
+    reads: tuple[int, ...],
     leaving: tuple[int, ...],
     first: Growable,
     last: Growable,
@@ -191,25 +192,25 @@ def _interface(
         "sink_bias_free": last.bias is None,
         "foldable": foldable,
     }
-    if isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d) and len(entering) == len(leaving) == 4:
+    if isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d) and len(reads) == len(leaving) == 4:
         return SlotInterface(
             layout=Layout.IMAGE,
-            in_width=entering[1],
+            in_width=reads[1],
             out_width=leaving[1],
             hidden_width=first.out_channels,
-            in_size=entering[2:],
+            in_size=reads[2:],
             out_size=leaving[2:],
             source=geometry(first),
             sink=geometry(last),
             **common,
         )
-    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and len(entering) == len(leaving):
-        layout = {2: Layout.FEATURES, 3: Layout.TOKENS}.get(len(entering))
-        if layout is None or entering[:-1] != leaving[:-1]:
+    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and len(reads) == len(leaving):
+        layout = {2: Layout.FEATURES, 3: Layout.TOKENS}.get(len(reads))
+        if layout is None or reads[:-1] != leaving[:-1]:
             return None
         return SlotInterface(
             layout=layout,
-            in_width=entering[-1],
+            in_width=reads[-1],
             out_width=leaving[-1],
             hidden_width=first.out_features,
             **common,

@@ -121,7 +121,7 @@ def morphology(host: Host) -> dict[str, list[int]]:
 
 
 def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping[str, list[int]]) -> None:
-    """Give a fresh host the shapes of a grown one; the values are to be loaded afterwards.
+    """Give a host the shapes of another; the values, and what an optimiser remembers of them, are to be loaded afterwards.
 
     Raises:
         Corrupt: when the shapes are not those of a widening of this host.
@@ -135,10 +135,12 @@ def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping
             raise Corrupt(
                 f"{path} has weight {present}, the checkpoint {list(shape)}", hint="it belongs to another host"
             )
-        if module.weight is not None:
-            _swap(optimizer, module, "weight", module.weight.new_empty(shape))
-        if module.bias is not None and len(module.bias) != shape[0]:
-            _swap(optimizer, module, "bias", module.bias.new_empty(shape[0]))
+        for name, extent in (("weight", shape), ("bias", shape[:1])):
+            old = getattr(module, name)
+            if old is not None and list(old.shape) != list(extent):
+                _swap(optimizer, module, name, old.new_empty(extent))
+                if optimizer is not None:
+                    optimizer.state.pop(old, None)
         if isinstance(module, WidenableNorm):
             for name in _statistics(module):
                 setattr(module, name, getattr(module, name).new_empty(shape))

@@ -23,6 +23,13 @@ def geometry(conv: nn.Conv2d) -> ConvGeometry:
     )
 
 
+def entering(layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what enters the module, from that of what its operation reads: padding other than with zeros is done in between."""
+    if isinstance(layer, nn.Linear) or layer.padding_mode == "zeros":
+        return shape
+    return (*shape[:-2], *(size - both for size, both in zip(shape[-2:], _padding(layer), strict=True)))
+
+
 def unwidenable(layer: nn.Linear | nn.Conv2d, side: str) -> str:
     """Why the layer, at that side of a span, could not take units that the same kernel would have; empty when it could."""
     if isinstance(layer, nn.Linear):

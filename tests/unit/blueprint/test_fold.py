@@ -11,22 +11,23 @@ from torch import Tensor, nn
 from esper_core.blueprint.build import ACTIVATIONS, KernelModule, build, example_input
 from esper_core.blueprint.catalogue import candidates, catalogue
 from esper_core.blueprint.fold import Fold, fold_terms, foldable, units
-from esper_core.blueprint.interface import ConvGeometry, Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, ConvGeometry, Layout, SlotInterface
 from esper_core.blueprint.ir import BlueprintIR, Node
 
 
 class Pair(nn.Module):
-    """source → activation → sink, in float64."""
+    """source → norm → activation → sink, in float64."""
 
     def __init__(self, interface: SlotInterface) -> None:
         super().__init__()
         i, self.activation = interface, interface.activation
-        self.source = _layer(i.in_width, i.hidden_width, i.source)
-        self.sink = _layer(i.hidden_width, i.out_width, i.sink)
+        self.source = _layer(i.in_width, i.hidden_width, i.source, bias=not i.source_bias_free)
+        self.norm = _norm(i)
+        self.sink = _layer(i.hidden_width, i.out_width, i.sink, bias=not i.sink_bias_free)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.sink(ACTIVATIONS[self.activation](self.source(x)))
+        return self.sink(ACTIVATIONS[self.activation](self.norm(self.source(x))))
 
     def widened(self, fold: Fold) -> "Pair":
         wide = copy.deepcopy(self)
@@ -35,24 +36,56 @@ class Pair(nn.Module):
             (wide.source, "bias", fold.source_bias, 0),
             (wide.sink, "weight", fold.sink_weight, 1),
         ):
-            setattr(layer, name, nn.Parameter(torch.cat([getattr(layer, name).detach(), extra], dim)))
-        wide.sink.bias = nn.Parameter(self.sink.bias.detach() + fold.sink_bias)
+            if getattr(layer, name) is None:
+                assert not extra.any()  # it would be lost
+            else:
+                setattr(layer, name, nn.Parameter(torch.cat([getattr(layer, name).detach(), extra], dim)))
+        if self.sink.bias is None:
+            assert not fold.sink_bias.any()
+        else:
+            wide.sink.bias = nn.Parameter(self.sink.bias.detach() + fold.sink_bias)
+        assert set(fold.norm) == {name for name, value in self.norm.state_dict().items() if value.ndim}
+        for name, extra in fold.norm.items():
+            longer = torch.cat([getattr(self.norm, name).detach(), extra])
+            setattr(wide.norm, name, nn.Parameter(longer) if name in ("weight", "bias") else longer)
         return wide
 
 
-def _layer(width: int, out: int, geometry: ConvGeometry | None) -> nn.Linear | nn.Conv2d:
+def _layer(width: int, out: int, geometry: ConvGeometry | None, *, bias: bool) -> nn.Linear | nn.Conv2d:
     if geometry is None:
-        return nn.Linear(width, out)
+        return nn.Linear(width, out, bias=bias)
     g = geometry
-    return nn.Conv2d(width, out, g.kernel, stride=g.stride, padding=g.padding, dilation=g.dilation)
+    return nn.Conv2d(width, out, g.kernel, stride=g.stride, padding=g.padding, dilation=g.dilation, bias=bias)
+
+
+def _norm(interface: SlotInterface) -> nn.Module:
+    if interface.norm is None:
+        return nn.Identity()
+    make = nn.BatchNorm2d if interface.layout is Layout.IMAGE else nn.BatchNorm1d
+    return lived(make(interface.hidden_width, **interface.norm.model_dump()))
+
+
+def lived(norm: nn.Module) -> nn.Module:
+    """Running statistics and affine parameters as after some training."""
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, value in norm.state_dict().items():
+            if value.ndim:
+                value.uniform_(0.5 if name in ("weight", "running_var") else -0.5, 1.5, generator=generator)
+    return norm
 
 
 def trained(kernel: KernelModule) -> KernelModule:
-    """Stand-in for training: every weight is some number, the biases too."""
+    """Stand-in for training: every weight is some number, the biases and the running statistics too."""
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
         for parameter in kernel.parameters():
             parameter.normal_(generator=generator)
+        for name, buffer in kernel.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(generator=generator)
+            elif name.endswith("running_var"):
+                buffer.uniform_(0.5, 2, generator=generator)
     return kernel.double()
 
 
@@ -61,15 +94,36 @@ def assert_exact(interface: SlotInterface, ir: BlueprintIR, symbols: dict[str, i
     fold = fold_terms(kernel, interface, alpha)
     assert fold is not None
     assert fold.units == units(ir, interface, symbols) == len(fold.source_weight) == fold.sink_weight.shape[1]
-    x = example_input(interface, batch=3, seed=4).double()
-    with torch.no_grad():
-        wanted = host(x) + alpha * kernel(x)
-        error = (host.widened(fold)(x) - wanted).abs().max()
-        moved = (wanted - host(x)).abs().max()
-    assert error <= 1e-10 * max(1.0, wanted.abs().max().item())
-    assert moved > 1e-3  # otherwise nothing was proven
+    x = example_input(interface, batch=5, seed=4).double()
+    wide = host.widened(fold)
+    for training in (False, True):  # in this order: running statistics move in training
+        for module in (host, kernel, wide):
+            module.train(training)
+        with torch.no_grad():
+            wanted = (bare := host(x)) + alpha * kernel(x)
+            error = (wide(x) - wanted).abs().max()
+            moved = (wanted - bare).abs().max()
+        assert error <= 1e-10 * max(1.0, wanted.abs().max().item())
+        assert moved > 1e-3  # otherwise nothing was proven
+    for name in ("running_mean", "running_var"):
+        if name in fold.norm:  # what the wide norm has learnt is what the two have
+            norm = next(child for child in kernel.children() if isinstance(child, nn.modules.batchnorm._BatchNorm))
+            learnt = getattr(norm, name) - (0 if name == "running_var" else absorbed(kernel, interface))
+            torch.testing.assert_close(getattr(wide.norm, name), torch.cat([getattr(host.norm, name), learnt]))
 
 
+def absorbed(kernel: KernelModule, interface: SlotInterface) -> Tensor | int:
+    """The kernel's first bias where the host's source has none."""
+    return dict(kernel.named_parameters()).get("A.bias", torch.zeros(1)).detach() if interface.source_bias_free else 0
+
+
+NORMS = st.builds(
+    BatchNorm,
+    eps=st.sampled_from((1e-5, 1e-3, 0.1)),
+    momentum=st.sampled_from((0.0, 0.1, 1.0)),
+    affine=st.booleans(),
+    track_running_stats=st.booleans(),
+)
 ROWS = ("bottleneck_mlp", "low_rank", "linear_bypass")
 
 
@@ -80,16 +134,27 @@ ROWS = ("bottleneck_mlp", "low_rank", "linear_bypass")
     activation=st.sampled_from(("relu", "gelu", "gelu_tanh", "silu", "leaky_relu", "identity", "tanh", "sigmoid")),
     sizes=st.tuples(*[st.integers(1, 9)] * 4),
     alpha=st.floats(0.1, 2.0),
+    norm=st.none() | NORMS,
+    bias_free=st.tuples(st.booleans(), st.booleans()),
 )
-def test_linear_spans(name: str, layout: Layout, activation: str, sizes: tuple[int, ...], alpha: float) -> None:
+def test_linear_spans(
+    name: str,
+    layout: Layout,
+    activation: str,
+    sizes: tuple[int, ...],
+    alpha: float,
+    norm: BatchNorm | None,
+    bias_free: tuple[bool, bool],
+) -> None:
     enters, leaves, hidden, width = sizes
     slot = SlotInterface(
-        layout=layout, in_width=enters, out_width=leaves, hidden_width=hidden, activation=activation, foldable=True
-    )
+        layout=layout, in_width=enters, out_width=leaves, hidden_width=hidden, activation=activation, foldable=True,
+        norm=norm if layout is Layout.FEATURES else None, source_bias_free=bias_free[0], sink_bias_free=bias_free[1],
+    )  # fmt: skip
     ir = catalogue()[name]
     symbols = {"width": width} if "width" in ir.symbols else {}
-    if name != "bottleneck_mlp" and activation in ("tanh", "sigmoid"):
-        assert not foldable(ir, slot, symbols)  # s(x) - s(-x) is no multiple of x
+    if name != "bottleneck_mlp" and (activation in ("tanh", "sigmoid") or slot.norm):
+        assert not foldable(ir, slot, symbols)  # s(x) - s(-x) is no multiple of x; no norm leaves a map linear
         return
     assert_exact(slot, ir, symbols, alpha)
 
@@ -112,15 +177,25 @@ def geometries(strides: st.SearchStrategy[int]) -> st.SearchStrategy[ConvGeometr
     sink=geometries(st.integers(1, 2)),
     activation=st.sampled_from(("relu", "gelu", "silu", "tanh", "identity")),
     alpha=st.floats(0.1, 2.0),
+    norm=st.none() | NORMS,
+    bias_free=st.tuples(st.booleans(), st.booleans()),
 )
-def test_convolutional_spans(source: ConvGeometry, sink: ConvGeometry, activation: str, alpha: float) -> None:
+def test_convolutional_spans(
+    source: ConvGeometry,
+    sink: ConvGeometry,
+    activation: str,
+    alpha: float,
+    norm: BatchNorm | None,
+    bias_free: tuple[bool, bool],
+) -> None:
     middle = source.leaving((13, 12))
     size = sink.leaving(middle)
     if min(*middle, *size) < 1:
         return
     slot = SlotInterface(
         layout=Layout.IMAGE, in_width=3, out_width=2, hidden_width=4, in_size=(13, 12), out_size=size,
-        activation=activation, source=source, sink=sink, foldable=True,
+        activation=activation, source=source, sink=sink, foldable=True, norm=norm,
+        source_bias_free=bias_free[0], sink_bias_free=bias_free[1],
     )  # fmt: skip
     assert_exact(slot, catalogue()["conv_bypass_3x3"], {"width": 3}, alpha)
     centred = all(
@@ -253,6 +328,50 @@ def test_a_grouped_host_cannot_take_new_units() -> None:
     assert not foldable(catalogue()["conv_bypass_3x3"], slot)
 
 
+def over_a_norm(bias: str) -> BlueprintIR:
+    nodes = (
+        Node(name="A", op="linear", inputs=("input",), attributes={"out": "4", "bias": bias}),
+        Node(name="norm", op="host_norm", inputs=("A",)),
+        Node(name="s", op="activation", inputs=("norm",)),
+        Node(name="B", op="linear", inputs=("s",), attributes={"out": "out_width", "bias": "sink"}),
+    )
+    return BlueprintIR(name="x", nodes=nodes, output="B", layouts=(Layout.FEATURES,))
+
+
+@pytest.mark.parametrize("source_bias_free", [True, False])
+@pytest.mark.parametrize("bias", ["yes", "no", "source"])
+def test_a_norm_absorbs_a_bias_that_the_host_has_no_place_for(
+    features: SlotInterface, bias: str, *, source_bias_free: bool
+) -> None:
+    slot = features.model_copy(update={"norm": BatchNorm(), "source_bias_free": source_bias_free})
+    assert_exact(slot, over_a_norm(bias), {}, 0.7)
+
+
+def test_a_bias_without_place_or_another_norm_is_no_widening(features: SlotInterface) -> None:
+    ir = over_a_norm("yes")
+    assert foldable(ir, features)
+    assert not foldable(ir, features.model_copy(update={"source_bias_free": True}))
+    with_bias = ir.model_copy(
+        update={"nodes": (*ir.nodes[:-1], ir.nodes[-1].model_copy(update={"attributes": {"out": "out_width"}}))}
+    )
+    assert foldable(with_bias, features)
+    assert not foldable(with_bias, features.model_copy(update={"sink_bias_free": True}))
+    # Built for another norm than the host has now, or for none.
+    normed = features.model_copy(update={"norm": BatchNorm()})
+    for mine, hosts in (
+        (normed, features),
+        (features, normed),
+        (normed, normed.model_copy(update={"norm": BatchNorm(eps=0.1)})),
+    ):
+        assert fold_terms(build(ir, mine), mine) is not None
+        assert fold_terms(build(ir, mine), hosts) is None
+    bare = ir.model_copy(
+        update={"nodes": (ir.nodes[0], ir.nodes[2].model_copy(update={"inputs": ("A",)}), ir.nodes[3])}
+    )
+    assert foldable(bare, features)
+    assert not foldable(bare, normed)
+
+
 def test_plain_copies_say_where_they_came_from(interface: SlotInterface) -> None:
     for name, ir, symbols in candidates(interface, widths=(4,)):
         kernel = trained(build(ir, interface, symbols))
@@ -261,8 +380,13 @@ def test_plain_copies_say_where_they_came_from(interface: SlotInterface) -> None
             continue
         parameters = dict(kernel.named_parameters())
         for field, origin in fold.origins.items():
-            assert torch.equal(origin.place(parameters[origin.parameter].detach()), getattr(fold, field)), name
-        expected = {"source_weight", "source_bias", "sink_weight"} if units(ir, interface, symbols) == 4 else set()
+            place, _, leaf = field.partition(".")
+            appended = getattr(fold, place)[leaf] if leaf else getattr(fold, place)
+            assert torch.equal(origin.place(parameters[origin.parameter].detach()), appended), name
+        copies = {"A.weight": "source_weight", "A.bias": "source_bias", "B.weight": "sink_weight"}
+        copies |= {f"norm.{leaf}": f"norm.{leaf}" for leaf in ("weight", "bias")}
+        direct = units(ir, interface, symbols) == 4
+        expected = {field for parameter, field in copies.items() if direct and parameter in parameters}
         if name not in ("low_rank", "linear_bypass"):
             assert set(fold.origins) == expected, name
         assert "sink_bias" not in fold.origins
@@ -282,6 +406,27 @@ def test_gradients_of_plain_copies_agree_so_their_moments_may_move(features: Slo
     grads = {name: p.grad for name, p in kernel.named_parameters()}
     assert torch.allclose(wide.source.weight.grad[-8:], grads["A.weight"])
     assert torch.allclose(wide.source.bias.grad[-8:], grads["A.bias"])
+    assert torch.allclose(wide.sink.weight.grad[:, -8:], grads["B.weight"])
+
+
+def test_gradients_at_the_norm_agree_too(features: SlotInterface) -> None:
+    slot = features.model_copy(update={"norm": BatchNorm(), "source_bias_free": True, "sink_bias_free": True})
+    host, kernel = Pair(slot), trained(build(catalogue()["bottleneck_mlp"], slot))
+    fold = fold_terms(kernel, slot)
+    assert fold is not None
+    assert {name: origin.parameter for name, origin in fold.origins.items()} == {
+        "source_weight": "A.weight",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+        "sink_weight": "B.weight",
+    }
+    wide, x = host.widened(fold), example_input(slot, 5, 1).double()
+    (host(x) + kernel(x)).pow(2).sum().backward()
+    wide(x).pow(2).sum().backward()
+    grads = {name: p.grad for name, p in kernel.named_parameters()}
+    assert torch.allclose(wide.source.weight.grad[-8:], grads["A.weight"])
+    assert torch.allclose(wide.norm.weight.grad[-8:], grads["norm.weight"])
+    assert torch.allclose(wide.norm.bias.grad[-8:], grads["norm.bias"])
     assert torch.allclose(wide.sink.weight.grad[:, -8:], grads["B.weight"])
 
 
