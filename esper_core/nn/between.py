@@ -130,10 +130,8 @@ def _activation(node: torch.fx.Node) -> str:
     target = str(node.target)
     if target == "aten.gelu.default":
         return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    if (
-        target in ("aten.leaky_relu.default", "aten.leaky_relu_.default") and len(node.args) == 1
-    ):  # the default slope, 0.01
-        return "leaky_relu"
+    if target in ("aten.leaky_relu.default", "aten.leaky_relu_.default"):
+        return "leaky_relu" if len(node.args) == 1 else ""  # the default slope, 0.01
     return _ACTIVATIONS.get(target, "")
 
 
