@@ -124,6 +124,8 @@ def _resolve(node: Node, interface: SlotInterface, values: Mapping[str, int], sh
             numbers[key] = _number(node, key, text, values, 1 if attribute.kind is Kind.WIDTH else 0)
     if words.get("kind") == "host":
         words["kind"] = _host_activation(node, interface, words["otherwise"])
+    if words.get("bias") in ("source", "sink"):
+        words["bias"] = "yes" if interface.takes_bias(words["bias"]) else "no"
     call = Call(interface, inputs, numbers, words, stride)
     return Step(node, call, op.cost(call))
 

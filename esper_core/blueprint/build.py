@@ -1,7 +1,8 @@
 """A blueprint at a slot, made into an ``nn.Module`` that gives exact zeros until it has learnt something.
 
-Initial weights depend on the seed alone: the global random state is neither read nor moved. Batch statistics are never
-kept, so a kernel that runs isolated cannot disturb the host. Knows nothing of devices, optimisers or slots.
+Initial weights depend on the seed alone: the global random state is neither read nor moved. Where the host normalises by
+batch, a kernel keeps statistics of its own units, never the host's, so one that runs isolated cannot disturb it. Knows
+nothing of devices, optimisers or slots.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ def build(
 
 @torch.no_grad()
 def _initialise(module: nn.Module, generator: torch.Generator, *, silent: bool) -> None:
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        module.reset_running_stats()  # memory without values until now
     for name, parameter in module.named_parameters():
         if parameter.dim() >= 2:
             # Kaiming-uniform for activations that pass half of their input.
@@ -222,6 +225,20 @@ def _attention(step: Step) -> nn.Module:
     return Attention(step.call.shape[-1], n["width"], n["heads"], n["out"], causal=step.call.words["causal"] == "yes")
 
 
+def _host_norm(step: Step) -> nn.Module:
+    norm = step.call.interface.norm
+    if norm is None:
+        return nn.Identity()
+    make = nn.BatchNorm2d if len(step.call.shape) == IMAGE else nn.BatchNorm1d
+    return make(
+        channels_of(step.call.shape),
+        eps=norm.eps,
+        momentum=norm.momentum,
+        affine=norm.affine,
+        track_running_stats=norm.track_running_stats,
+    )
+
+
 def _match(step: Step) -> nn.Module:
     (_, h, w), (_, oh, ow) = step.call.shape, step.cost.shape
     return MatchOutputSize((oh, ow), (h, w))
@@ -236,6 +253,7 @@ MAKERS: Mapping[str, Callable[[Step], nn.Module]] = {
     "attention": _attention,
     "scale": lambda step: Scale(step.call.shape),
     "group_norm": lambda step: nn.GroupNorm(step.call.numbers["groups"], step.call.shape[0]),
+    "host_norm": _host_norm,
     "layer_norm": lambda step: nn.LayerNorm(step.call.shape[-1]),
     "activation": lambda step: Activation(step.call.words["kind"]),
     "global_average_pool": lambda step: GlobalAveragePool(len(step.call.shape)),

@@ -31,33 +31,36 @@ _IMAGES = (Layout.IMAGE,)
 
 _ENTRIES = (
     _blueprint(
-        "bottleneck_mlp",  # B·s(A·x + a): a widening of the spanned layer
+        "bottleneck_mlp",  # B·s(norm(A·x + a)) + b: a widening of the spanned layer
         _ROWS,
-        _node("A", "linear", INPUT, out="width"),
-        _node("s", "activation", "A", kind="host", otherwise="relu"),
-        _node("B", "linear", "s", out="out_width"),
+        _node("A", "linear", INPUT, out="width", bias="source"),
+        _node("norm", "host_norm", "A"),
+        _node("s", "activation", "norm", kind="host", otherwise="relu"),
+        _node("B", "linear", "s", out="out_width", bias="sink"),
     ),
     _blueprint(
         "low_rank",  # B·A·x
         _ROWS,
         _node("A", "linear", INPUT, out="width", bias="no"),
-        _node("B", "linear", "A", out="out_width"),
+        _node("B", "linear", "A", out="out_width", bias="sink"),
     ),
-    _blueprint("linear_bypass", _ROWS, _node("W", "linear", INPUT, out="out_width"), width=False),
+    _blueprint("linear_bypass", _ROWS, _node("W", "linear", INPUT, out="out_width", bias="sink"), width=False),
     _blueprint(
         "conv_bypass_1x1",
         _IMAGES,
-        _node("A", "conv", INPUT, out="width", stride="source"),
-        _node("s", "activation", "A", kind="host", otherwise="relu"),
-        _node("B", "conv", "s", out="out_width", stride="sink"),
+        _node("A", "conv", INPUT, out="width", stride="source", bias="source"),
+        _node("norm", "host_norm", "A"),
+        _node("s", "activation", "norm", kind="host", otherwise="relu"),
+        _node("B", "conv", "s", out="out_width", stride="sink", bias="sink"),
         _node("fit", "match_output_size", "B"),
     ),
     _blueprint(
         "conv_bypass_3x3",  # the host's own geometry, 3×3 in the common case: a widening of the spanned convolution
         _IMAGES,
-        _node("A", "source_conv", INPUT, out="width"),
-        _node("s", "activation", "A", kind="host", otherwise="relu"),
-        _node("B", "sink_conv", "s", out="out_width"),
+        _node("A", "source_conv", INPUT, out="width", bias="source"),
+        _node("norm", "host_norm", "A"),
+        _node("s", "activation", "norm", kind="host", otherwise="relu"),
+        _node("B", "sink_conv", "s", out="out_width", bias="sink"),
         _node("fit", "match_output_size", "B"),
     ),
     _blueprint(

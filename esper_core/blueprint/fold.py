@@ -2,6 +2,10 @@
 
 host(x) = V·s(U·x + u) + v      kernel(x) = B·s(A·x + a) + b
 host(x) + alpha·kernel(x) = [V, alpha·B]·s([U; A]·x + [u; a]) + v + alpha·b
+
+A batch norm before s works unit by unit, over the batch: the kernel's appended to the host's changes no unit of either, in
+evaluation with the running statistics of each, in training with the same batch's. Where the host has no u, the norm takes a:
+N(A·x + a) with running mean m is N(A·x) with m - a.
 """
 
 from __future__ import annotations
@@ -41,13 +45,15 @@ class Fold:
     source_weight: Tensor
     """Rows to append: (units, in) or (units, in, kernel_h, kernel_w)."""
     source_bias: Tensor
-    """(units,); the host needs a bias at its source unless these are all zero."""
+    """(units,); all zero where the host has no bias at its source."""
     sink_weight: Tensor
     """Columns to append, alpha applied: (out, units) or (out, units, kernel_h, kernel_w)."""
     sink_bias: Tensor
-    """(out,), alpha applied: to be *added* to the sink's bias."""
+    """(out,), alpha applied: to be *added* to the sink's bias; all zero where it has none."""
+    norm: Mapping[str, Tensor] = field(default_factory=dict)
+    """What to append to the host's norm, (units,) each, by its own names: ``weight``, ``bias``, ``running_mean``, ``running_var``."""
     origins: Mapping[str, Origin] = field(default_factory=dict)
-    """By field name, only for fields that are plain copies; the others need fresh optimiser state."""
+    """By field name, ``norm.weight`` and ``norm.bias`` too, only for plain copies; the others need fresh optimiser state."""
 
 
 @torch.no_grad()
@@ -63,6 +69,7 @@ def fold_terms(kernel: KernelModule, interface: SlotInterface, alpha: float = 1.
     if shape is None:
         return None
     weights = {name: parameter.detach() for name, parameter in kernel.named_parameters()}
+    norm = _norm(kernel, shape.norm)
     sample = next(iter(weights.values()))
     first, a = _affine(weights, shape.first, sample.new_zeros, interface.in_width)
     second, b = _affine(weights, shape.second, sample.new_zeros, interface.out_width)
@@ -78,9 +85,21 @@ def fold_terms(kernel: KernelModule, interface: SlotInterface, alpha: float = 1.
             torch.cat([second, -second], 1) * half,
             alpha * b,
         )
-    return Fold(
-        shape.units, first, a, second * alpha, alpha * b, _origins(weights, shape, alpha, place_first, place_second)
-    )
+    origins = _origins(weights, shape, alpha, place_first, place_second)
+    if shape.norm is not None and interface.source_bias_free:
+        if "running_mean" in norm:
+            norm["running_mean"] -= a
+        a = torch.zeros_like(a)
+        origins.pop("source_bias", None)
+    return Fold(shape.units, first, a, second * alpha, alpha * b, norm, origins)
+
+
+def _norm(kernel: KernelModule, node: str | None) -> dict[str, Tensor]:
+    """Copies of what the norm at ``node`` has per unit."""
+    if node is None:
+        return {}
+    state = {tuple(name.split(".")): value.detach() for name, value in kernel.state_dict().items()}
+    return {leaf: value.clone() for (owner, *_, leaf), value in state.items() if owner == node and value.ndim == 1}
 
 
 def _affine(
@@ -120,6 +139,10 @@ def _origins(
         origins["source_weight"] = Origin(f"{shape.first}.weight", place_first)
         if f"{shape.first}.bias" in weights:
             origins["source_bias"] = Origin(f"{shape.first}.bias", torch.clone)
+    if shape.norm is not None:
+        for name in ("weight", "bias"):
+            if f"{shape.norm}.{name}" in weights:
+                origins[f"norm.{name}"] = Origin(f"{shape.norm}.{name}", torch.clone)
     if shape.second is not None and alpha == 1.0:
         origins["sink_weight"] = Origin(f"{shape.second}.weight", place_second)
     return origins

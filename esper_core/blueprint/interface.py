@@ -1,8 +1,8 @@
 """What a slot offers a kernel: the tensor that enters the span and the tensor the kernel's output is added to.
 
 Field names equal those of ``esper.core.v1.SlotInterface``. Knows nothing of the host beyond these figures: that a
-convolution pads with zeros, and that nothing but ``activation`` stands between source and sink, is the word of whoever
-sets ``foldable``.
+convolution pads with zeros, and that nothing but ``norm`` and ``activation`` stands between source and sink, is the word
+of whoever sets ``foldable``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import enum
 import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from esper_core.blueprint import activation as activations
 from esper_core.errors import InvalidInput, nearest
@@ -80,6 +80,28 @@ class ConvGeometry(BaseModel):
         return h, w
 
 
+class BatchNorm(BaseModel):
+    """Batch normalisation of a host: one mean and one variance per channel, over the batch and every position.
+
+    A channel's values depend on no other channel, so channels with statistics of their own can be appended exactly.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    eps: float = Field(default=1e-5, gt=0, le=1)
+    """Added to the variance before its root is taken."""
+    momentum: float = Field(default=0.1, ge=0, le=1)
+    """Share of the newest batch in the running statistics."""
+    affine: bool = True
+    """Whether it learns a factor and an offset per channel."""
+    track_running_stats: bool = True
+    """Whether it keeps running statistics for evaluation; otherwise every batch is measured by its own."""
+
+
+_YOUNGER = frozenset({"norm", "source_bias_free", "sink_bias_free"})
+"""Fields of a slot that came after the first kernels had been signed."""
+
+
 class SlotInterface(BaseModel):
     """The two tensors of a slot and, where known, the layers between them.
 
@@ -107,7 +129,13 @@ class SlotInterface(BaseModel):
     sink: ConvGeometry | None = None
     """Geometry of the convolution after it; None unless IMAGE."""
     foldable: bool = False
-    """Whether nothing but ``activation`` stands between source and sink, so that a widening can become host weights."""
+    """Whether nothing but ``norm`` and ``activation`` stands between source and sink: a widening can become host weights."""
+    norm: BatchNorm | None = None
+    """The normalisation between source and activation; None when there is none. Not for TOKENS."""
+    source_bias_free: bool = False
+    """Whether the spanned layer has no bias."""
+    sink_bias_free: bool = False
+    """Whether the layer after it has no bias."""
 
     @property
     def id(self) -> str:
@@ -123,6 +151,21 @@ class SlotInterface(BaseModel):
     def out_shape(self) -> Shape:
         """Per-sample shape that a kernel must give."""
         return self._shape(self.out_width, self.out_size)
+
+    def takes_bias(self, side: str) -> bool:
+        """Whether an affine op of a kernel in the place of the host's ``side``, source or sink, shall have a bias.
+
+        Not before a norm, which subtracts it again, nor where folding would find no place for it.
+        """
+        if side == "source":
+            return self.norm is None and not (self.foldable and self.source_bias_free)
+        return not (self.foldable and self.sink_bias_free)
+
+    @model_serializer(mode="wrap")
+    def _sparing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out younger fields that say nothing: ids and signatures from before them stay as they were."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name not in _YOUNGER or value}
 
     def _shape(self, width: int, size: tuple[int, ...]) -> Shape:
         if self.layout is Layout.IMAGE:
@@ -149,6 +192,10 @@ class SlotInterface(BaseModel):
             raise InvalidInput(f"unknown activation {self.activation!r}", hint=hint)
         if self.layout is not Layout.IMAGE and (self.source or self.sink):
             raise InvalidInput("only IMAGE slots have convolution geometry", hint="leave source and sink unset")
+        if self.layout is Layout.TOKENS and self.norm:
+            raise InvalidInput(
+                "batch normalisation over tokens is not per feature", hint="leave norm unset, and foldable=False"
+            )
         if self.foldable:
             self._check_foldable()
         return self

@@ -77,7 +77,7 @@ class Call:
     numbers: Mapping[str, int] = field(default_factory=dict)
     """WIDTH and COUNT attributes."""
     words: Mapping[str, str] = field(default_factory=dict)
-    """WORD attributes, ``host`` already replaced."""
+    """WORD attributes; ``host``, ``source`` and ``sink`` already replaced."""
     stride: tuple[int, int] = (1, 1)
 
     @property
@@ -173,6 +173,13 @@ def _group_norm(call: Call) -> Cost:
     return Cost(call.shape, 2 * channels, 4 * math.prod(call.shape))
 
 
+def _host_norm(call: Call) -> Cost:
+    norm = call.interface.norm
+    if norm is None:
+        return Cost(call.shape, extra=-math.prod(call.shape))  # the identity keeps nothing: its output is its input
+    return Cost(call.shape, 2 * channels_of(call.shape) * norm.affine, 4 * math.prod(call.shape))
+
+
 def _layer_norm(call: Call) -> Cost:
     if call.shape[-1] < 2:
         raise InvalidInput("one feature has no variance to normalise by", hint="normalise a wider tensor")
@@ -226,7 +233,8 @@ def _attention(call: Call) -> Cost:
 
 
 _OUT = {"out": Attribute(Kind.WIDTH)}
-_BIAS = {"bias": Attribute(Kind.WORD, "yes", ("yes", "no"))}
+_BIAS = {"bias": Attribute(Kind.WORD, "yes", ("yes", "no", "source", "sink"))}
+"""``source`` / ``sink``: yes where that layer of the host has a place for one."""
 _WINDOW = {
     "kernel": Attribute(Kind.WIDTH, "1"),
     "stride": Attribute(Kind.STRIDE, "1"),
@@ -260,6 +268,8 @@ _ENTRIES = (
     Op("scale", _scale, {}, Silence.HERE),
     Op("group_norm", _group_norm, {"groups": Attribute(Kind.WIDTH, "1")}, Silence.HERE, (IMAGE,)),
     Op("layer_norm", _layer_norm, {}, Silence.HERE, _ROW),
+    # The host's own batch norm with statistics of its own; the identity where the span has none.
+    Op("host_norm", _host_norm, {}, Silence.NEVER),
     Op("activation", _elementwise, _ACTIVATION, Silence.NEVER),
     Op("global_average_pool", _pool, {}, Silence.THROUGH, (TOKENS, IMAGE)),
     Op("match_output_size", _match, {}, Silence.THROUGH, (IMAGE,)),

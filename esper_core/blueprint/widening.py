@@ -1,8 +1,8 @@
 """Whether a kernel is algebraically a widening of the layer its slot spans, and so can become host weights.
 
-Recognised by structure, not by name: ``affine → host activation → affine``, and linear maps, which pass through an
-activation with s(x) - s(-x) = c·x as mirrored pairs of units. Convolutions fit when they can be embedded in the host's
-own windows. Pure: no torch.
+Recognised by structure, not by name: ``affine → host norm → host activation → affine``, and, where no norm stands between,
+linear maps, which pass through an activation with s(x) - s(-x) = c·x as mirrored pairs of units. Convolutions fit when
+they can be embedded in the host's own windows, biases where the host has one or its norm absorbs it. Pure: no torch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Form(enum.Enum):
 
 @dataclass(frozen=True)
 class Widening:
-    """A kernel read as B·s(A·x + a) + b over the host's activation s."""
+    """A kernel read as B·s(N(A·x + a)) + b over the host's norm N, if any, and its activation s."""
 
     form: Form
     units: int
@@ -40,6 +40,8 @@ class Widening:
     """Node giving A; None for the identity."""
     second: str | None
     """Node giving B; None for the identity."""
+    norm: str | None = None
+    """Node giving N; None when the host has no norm there."""
     offset_source: tuple[int, int] = (0, 0)
     """Where A's window sits in the host's, IMAGE only."""
     offset_sink: tuple[int, int] = (0, 0)
@@ -63,21 +65,43 @@ def units(ir: BlueprintIR, interface: SlotInterface, symbols: Mapping[str, int] 
 def widening(interface: SlotInterface, output: str, analysis: Analysis) -> Widening | None:
     """How the analysed blueprint, whose value leaves at node ``output``, widens the host; None when it does not."""
     chain = _chain(output, analysis) if interface.foldable else None
-    if chain is None:
+    if not chain:
         return None
-    ops = [step.node.op in _AFFINE for step in chain]
-    if ops == [True, False, True] and chain[1].call.words.get("kind") == interface.activation:
-        return _pair(chain[0], chain[2], interface, Form.DIRECT)
-    linear_form = Form.DIRECT if interface.activation == "identity" else Form.MIRRORED
-    if linear_form is Form.MIRRORED and interface.activation not in activations.MIRROR:
+    between = [part for part in (interface.norm, interface.activation) if part not in (None, "identity")]
+    if between and [_what(step) for step in chain[1:-1]] == between:
+        return _pair(chain[0], chain[-1], interface, Form.DIRECT, chain[1] if interface.norm else None)
+    return _linear(chain, interface) if interface.norm is None else None
+
+
+def _linear(chain: list[Step], interface: SlotInterface) -> Widening | None:
+    """A linear kernel over an activation alone."""
+    form = Form.DIRECT if interface.activation == "identity" else Form.MIRRORED
+    if form is Form.MIRRORED and interface.activation not in activations.MIRROR:
         return None
-    if ops == [True, True]:
-        return _pair(chain[0], chain[1], interface, linear_form)
-    if ops == [True] and interface.layout is not Layout.IMAGE:
-        name, rank = chain[0].node.name, min(interface.in_width, interface.out_width)
-        first, second = (None, name) if interface.in_width <= interface.out_width else (name, None)
-        return Widening(linear_form, rank * (2 if linear_form is Form.MIRRORED else 1), first, second)
-    return None
+    if not all(step.node.op in _AFFINE for step in chain) or len(chain) > 2:
+        return None
+    if len(chain) == 2:
+        return _pair(chain[0], chain[1], interface, form)
+    return _single(chain[0], interface, form) if interface.layout is not Layout.IMAGE else None
+
+
+def _single(step: Step, interface: SlotInterface, form: Form) -> Widening | None:
+    """One affine map beside an identity on the narrower side, or on the side where the host has a place for its bias."""
+    no_place = {
+        side: step.call.bias and free
+        for side, free in (("source", interface.source_bias_free), ("sink", interface.sink_bias_free))
+    }
+    if all(no_place.values()):
+        return None
+    at_sink = no_place["source"] or (interface.in_width <= interface.out_width and not no_place["sink"])
+    rank = interface.in_width if at_sink else interface.out_width
+    first, second = (None, step.node.name) if at_sink else (step.node.name, None)
+    return Widening(form, rank * (2 if form is Form.MIRRORED else 1), first, second)
+
+
+def _what(step: Step) -> object:
+    """What stands between two affine steps, to be held against the host's norm and activation."""
+    return step.call.interface.norm if step.node.op == "host_norm" else step.call.words.get("kind", step.node.op)
 
 
 def _chain(output: str, analysis: Analysis) -> list[Step] | None:
@@ -89,16 +113,20 @@ def _chain(output: str, analysis: Analysis) -> list[Step] | None:
         step = steps[name]
         if len(step.node.inputs) != 1:
             return None
-        unchanged = step.node.op == "match_output_size" and step.cost.shape == step.call.shape
+        unchanged = (step.node.op == "match_output_size" and step.cost.shape == step.call.shape) or (
+            step.node.op == "host_norm" and step.call.interface.norm is None
+        )
         if not unchanged and step.call.words.get("kind") != "identity":
             chain.append(step)
         name = step.node.inputs[0]
     return chain[::-1]
 
 
-def _pair(first: Step, second: Step, interface: SlotInterface, form: Form) -> Widening | None:
+def _pair(first: Step, second: Step, interface: SlotInterface, form: Form, norm: Step | None = None) -> Widening | None:
+    if not {first.node.op, second.node.op} <= _AFFINE or not _biases_fit(first, second, interface):
+        return None
     width = first.call.numbers["out"] * (2 if form is Form.MIRRORED else 1)
-    names = (first.node.name, second.node.name)
+    names = (first.node.name, second.node.name, norm.node.name if norm else None)
     if interface.layout is not Layout.IMAGE:
         return Widening(form, width, *names)
     offsets = [
@@ -108,6 +136,12 @@ def _pair(first: Step, second: Step, interface: SlotInterface, form: Form) -> Wi
     if offsets[0] is None or offsets[1] is None:
         return None
     return Widening(form, width, *names, offsets[0], offsets[1])
+
+
+def _biases_fit(first: Step, second: Step, interface: SlotInterface) -> bool:
+    """A norm subtracts what is added before it, so a bias there needs no place in the host."""
+    at_source = not first.call.bias or not interface.source_bias_free or interface.norm is not None
+    return at_source and (not second.call.bias or not interface.sink_bias_free)
 
 
 def _offset(inner: ConvGeometry, host: ConvGeometry | None) -> tuple[int, int] | None:

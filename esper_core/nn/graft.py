@@ -6,7 +6,8 @@
 Blending is two forward hooks, present only while the kernel is blended: a dormant or isolated slot leaves no trace in the host's
 graph. A kernel that raises, gives a wrong shape or a non-finite value is left out of that forward pass and counted; after three such
 passes it is not asked again. Alpha is a zero-dimensional buffer, so moving it recompiles nothing; blending and its end are marked on
-both ends and what they are in, so that a host compiled before follows.
+both ends and what they are in, so that a host compiled before follows. A kernel with batch statistics uses those of the batch when
+the host's own norm does, and its running ones otherwise.
 
 Does not protect against a kernel that never returns, nor against one that reads or writes other memory of the process: who may bind a
 kernel at all is decided by signatures, before.
@@ -38,6 +39,7 @@ class Graft(nn.Module):
         kernel: maps (batch, …) of the interface's entering shape to its leaving shape.
         like: a tensor of the device and dtype that the kernel shall have.
         around: modules that contain source or sink; compiled, some of them run their parts without calling them.
+        follows: the module of the host whose mode, training or evaluation, the kernel takes; the sink's when None.
     """
 
     alpha: Tensor
@@ -51,6 +53,7 @@ class Graft(nn.Module):
         *,
         like: Tensor,
         around: Iterable[nn.Module] = (),
+        follows: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.kernel = kernel.to(device=like.device, dtype=like.dtype)
@@ -58,9 +61,12 @@ class Graft(nn.Module):
         self.register_buffer("alpha", torch.zeros((), device=like.device, dtype=like.dtype), persistent=False)
         self.register_buffer("faults", torch.zeros((), device=like.device, dtype=torch.int64), persistent=False)
         self.muted = False
+        self.learning = False
+        """Whether the kernel is in training mode whatever the host is in."""
         # Kept out of the module tree: they belong to the host.
         self._ends = (source, sink)
         self._around = tuple(around)
+        self._follows = (follows or sink,)
         self._entering: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.raised = 0
@@ -88,7 +94,7 @@ class Graft(nn.Module):
     @property
     def broken(self) -> bool:
         """Whether it has lost its say: too many failures, or weights that are not finite. Reads the device."""
-        return self.errors >= BREAKER or not all(bool(p.detach().isfinite().all()) for p in self.kernel.parameters())
+        return self.errors >= BREAKER or not all(bool(t.isfinite().all()) for t in self.kernel.state_dict().values())
 
     def attach(self) -> None:
         """From now on the host's output includes ``alpha`` times the kernel's."""
@@ -122,6 +128,10 @@ class Graft(nn.Module):
         entering, self._entering = self._entering, None
         if self.muted or entering is None or self.raised >= BREAKER:
             return leaving
+        (host,) = self._follows
+        learns = self.learning or host.training
+        if self.kernel.training != learns:
+            self.kernel.train(learns)
         # A node of its own: what comes back through the kernel can be masked apart from what comes back through the host.
         read = entering.view_as(entering)
         try:

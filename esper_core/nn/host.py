@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.errors import Conflict, InvalidInput
+from esper_core.nn.between import WidenableNorm
 from esper_core.nn.graft import Graft
 from esper_core.nn.spans import choose
 from esper_core.nn.trace import Growable, HostGraph, Span, trace
@@ -22,6 +23,8 @@ class Slot:
     Attributes:
         name: ``<source path>:<sink path>``.
         source, sink: the spanned modules themselves.
+        norm: the batch norm between them that is widened with them, or None.
+        obstacle: why no kernel could ever be folded here; empty when a widening can.
         graft: the bound kernel, or None.
     """
 
@@ -30,6 +33,8 @@ class Slot:
         self.source_path, self.sink_path = span.source, span.sink
         self.source = model.get_submodule(span.source)
         self.sink = model.get_submodule(span.sink)
+        self.norm_path, self.obstacle = span.norm, span.obstacle
+        self.norm = cast(WidenableNorm, model.get_submodule(span.norm)) if span.norm else None
         self.graft: Graft | None = None
         self._interface = span.interface
         self._around = tuple(
@@ -60,11 +65,13 @@ class Slot:
 
     @property
     def unit_parameters(self) -> int:
-        """Parameters that one more unit over the span would cost: a row, its bias, and a column."""
+        """Parameters that one more unit over the span would cost: a row, its bias, the norm's two, and a column."""
         if self.layers is None:
             return self._interface.in_width + 1 + self._interface.out_width
         source, sink = self.layers
-        return source.weight[0].numel() + 1 + sink.weight[:, 0].numel()
+        beside = [source.bias, *(self.norm.parameters() if self.norm is not None else ())]
+        own = sum(parameter is not None for parameter in beside)
+        return source.weight[0].numel() + own + sink.weight[:, 0].numel()
 
     @property
     def leader(self) -> nn.Parameter:
@@ -74,8 +81,9 @@ class Slot:
         return next(parameter for parameter in self.span_parameters() if parameter.is_floating_point())
 
     def span_parameters(self) -> list[nn.Parameter]:
-        """Source's and sink's own parameters."""
-        return [*self.source.parameters(), *self.sink.parameters()]
+        """Source's, norm's and sink's own parameters."""
+        norm = self.norm.parameters() if self.norm is not None else ()
+        return [*self.source.parameters(), *norm, *self.sink.parameters()]
 
     def bind(self, kernel: nn.Module) -> Graft:
         """Give the slot a kernel; the host does not notice until the graft is attached.
@@ -85,7 +93,7 @@ class Slot:
         """
         if self.graft is not None:
             raise Conflict(f"slot {self.name} already has a kernel", hint="cull it first")
-        self.graft = Graft(self.source, self.sink, kernel, like=self.leader, around=self._around)
+        self.graft = Graft(self.source, self.sink, kernel, like=self.leader, around=self._around, follows=self.norm)
         return self.graft
 
     def release(self) -> None:
@@ -125,9 +133,9 @@ class Host(nn.Module):
 
     def can_widen(self, slot: Slot) -> bool:
         """Whether no kernel next door, blended or still learning, relies on the widths that folding at ``slot`` would change."""
-        ends = {slot.source, slot.sink}
+        ends = {slot.source, slot.norm, slot.sink} - {None}
         return not any(
-            other.graft is not None and ends & {other.source, other.sink}
+            other.graft is not None and ends & {other.source, other.norm, other.sink}
             for other in self.slots.values()
             if other is not slot
         )

@@ -67,7 +67,6 @@ def rehearse(
             inputs, targets = learn[int(torch.randint(len(learn), (1,), generator=dice))]
             with host.evaluating(), torch.enable_grad(), _through(graft, straight_through):
                 torch.manual_seed(seed + step)
-                kernel.train()
                 gradients = torch.autograd.grad(loss_fn(run(host, inputs), targets), parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
@@ -98,18 +97,17 @@ def _blended(graft: Graft) -> Iterator[None]:
 
 @contextmanager
 def _through(graft: Graft, straight: bool) -> Iterator[None]:
-    """While inside, and if ``straight``, the kernel's output counts as zero forwards and as itself backwards."""
-    if not straight:
-        yield
-        return
+    """While inside the kernel learns; if ``straight``, its output counts as zero forwards and as itself backwards."""
 
     def hook(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output - output.detach()
+        return output - output.detach() if straight else output
 
     handle = graft.kernel.register_forward_hook(hook)
+    graft.learning = True
     try:
         yield
     finally:
+        graft.learning = False
         handle.remove()
 
 

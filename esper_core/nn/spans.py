@@ -61,7 +61,9 @@ def _detour(model: nn.Module, inputs: tuple[Any, ...], graph: HostGraph, source:
     interface = _interface(first.entering, last.leaving, last.entering)
     if interface is None:
         raise InvalidInput(f"{name} is no span: the layout changes on the way", hint=f"found: {spans}")
-    return Span(source, sink, interface)
+    return Span(
+        source, sink, interface, obstacle="the span is between blocks, and no single layer of it could be widened"
+    )
 
 
 def _visit(model: nn.Module, inputs: tuple[Any, ...], source: nn.Module, sink: nn.Module) -> tuple[_Visit, _Visit]:

@@ -15,35 +15,37 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from esper_core.blueprint.interface import ConvGeometry, Layout, SlotInterface
+from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.errors import InvalidInput, Unsupported
+from esper_core.nn.between import Between, Norms, between
+from esper_core.nn.windows import entering, geometry, unwidenable
 
 Growable = nn.Linear | nn.Conv2d
 
-_ACTIVATIONS = {
-    "aten.relu.default": "relu",
-    "aten.relu_.default": "relu",
-    "aten.silu.default": "silu",
-    "aten.silu_.default": "silu",
-    "aten.tanh.default": "tanh",
-    "aten.sigmoid.default": "sigmoid",
-}
 _LAYERS = {"aten.linear.default", "aten.conv2d.default", "aten.conv2d.padding"}
-_NEUTRAL = {"aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default"}
 
 
 @dataclass(frozen=True)
 class Span:
-    """A place for a slot: module paths of source and sink, and what a kernel would meet there."""
+    """A place for a slot.
+
+    Attributes:
+        source, sink: module paths.
+        interface: what a kernel would meet there.
+        norm: module path of the batch norm between them; empty when there is none that could be widened.
+        obstacle: why no kernel could become part of the host's own weights there; empty when one could.
+    """
 
     source: str
     sink: str
     interface: SlotInterface
+    norm: str = ""
+    obstacle: str = ""
 
     @property
     def name(self) -> str:
@@ -133,6 +135,7 @@ class _Reader:
         # A module that is called twice, or whose weight is shared, has no single place in the flow.
         calls = Counter(owner.values())
         self.owner = {node: path for node, path in owner.items() if calls[path] == 1}
+        self.norms = Norms(model, self.nodes)
 
     def read(self) -> HostGraph:
         order = tuple(self.owner.values())
@@ -151,7 +154,7 @@ class _Reader:
 
     def _span(self, source: torch.fx.Node) -> Span | None:
         """Follow the only listener of each node until a growable module; None when there is none."""
-        between: list[torch.fx.Node] = []
+        passed: list[torch.fx.Node] = []
         node = source
         while True:
             listeners = [user for user in node.users if user.op == "call_function"]
@@ -162,97 +165,62 @@ class _Reader:
                 break
             if node.target is operator.getitem or len(_tensor_inputs(node)) != 1:
                 return None
-            between.append(node)
-        interface = self._interface(source, node, between)
-        return None if interface is None else Span(self.owner[source], self.owner[node], interface)
+            passed.append(node)
+        first, last = (cast(Growable, self.modules[self.owner[end]]) for end in (source, node))
+        found = between(passed, self.norms, first, _shape(source))
+        obstacle = unwidenable(first, "source") or unwidenable(last, "sink") or found.obstacle
+        reads = entering(first, _shape(source.args[0]))
+        interface = _interface(reads, _shape(node), first, last, found, foldable=not obstacle)
+        if interface is None:
+            return None
+        return Span(self.owner[source], self.owner[node], interface, found.norm_path, obstacle)
 
-    def _interface(
-        self, source: torch.fx.Node, sink: torch.fx.Node, between: list[torch.fx.Node]
-    ) -> SlotInterface | None:
-        entering, leaving = _shape(source.args[0]), _shape(sink)
-        first, last = self.modules[self.owner[source]], self.modules[self.owner[sink]]
-        activation, clean = _between(between)
-        if isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d) and len(entering) == len(leaving) == 4:
-            foldable = clean and all(_plain(conv) for conv in (first, last)) and _biased(first, last)
-            return SlotInterface(
-                layout=Layout.IMAGE,
-                in_width=entering[1],
-                out_width=leaving[1],
-                hidden_width=first.out_channels,
-                in_size=entering[2:],
-                out_size=leaving[2:],
-                activation=activation,
-                source=_geometry(first),
-                sink=_geometry(last),
-                foldable=foldable,
-            )
-        if isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and len(entering) == len(leaving):
-            layout = {2: Layout.FEATURES, 3: Layout.TOKENS}.get(len(entering))
-            if layout is None or entering[:-1] != leaving[:-1]:
-                return None
-            return SlotInterface(
-                layout=layout,
-                in_width=entering[-1],
-                out_width=leaving[-1],
-                hidden_width=first.out_features,
-                activation=activation,
-                foldable=clean and _biased(first, last),
-            )
-        return None
+
+def _interface(
+    reads: tuple[int, ...],
+    leaving: tuple[int, ...],
+    first: Growable,
+    last: Growable,
+    found: Between,
+    *,
+    foldable: bool,
+) -> SlotInterface | None:
+    common = {
+        "activation": found.activation,
+        "norm": found.norm,
+        "source_bias_free": first.bias is None,
+        "sink_bias_free": last.bias is None,
+        "foldable": foldable,
+    }
+    if isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d) and len(reads) == len(leaving) == 4:
+        return SlotInterface(
+            layout=Layout.IMAGE,
+            in_width=reads[1],
+            out_width=leaving[1],
+            hidden_width=first.out_channels,
+            in_size=reads[2:],
+            out_size=leaving[2:],
+            source=geometry(first),
+            sink=geometry(last),
+            **common,
+        )
+    if isinstance(first, nn.Linear) and isinstance(last, nn.Linear) and len(reads) == len(leaving):
+        layout = {2: Layout.FEATURES, 3: Layout.TOKENS}.get(len(reads))
+        if layout is None or reads[:-1] != leaving[:-1]:
+            return None
+        return SlotInterface(
+            layout=layout,
+            in_width=reads[-1],
+            out_width=leaving[-1],
+            hidden_width=first.out_features,
+            **common,
+        )
+    return None
 
 
 def _tensor_inputs(node: torch.fx.Node) -> list[torch.fx.Node]:
     """Inputs that are activations rather than parameters or buffers."""
     return [parent for parent in node.all_input_nodes if parent.op != "placeholder"]
-
-
-def _between(nodes: list[torch.fx.Node]) -> tuple[str, bool]:
-    """(name of the single elementwise activation, whether there is nothing else); ("", False) when unclear."""
-    names: list[str] = []
-    for node in nodes:
-        target = str(node.target)
-        if target in _ACTIVATIONS:
-            names.append(_ACTIVATIONS[target])
-        elif target == "aten.gelu.default":
-            names.append("gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu")
-        elif target == "aten.leaky_relu.default" and len(node.args) == 1:  # the default slope, 0.01
-            names.append("leaky_relu")
-        elif target == "aten.dropout.default" and node.args[1] == 0.0:
-            continue
-        elif target not in _NEUTRAL:
-            return "", False
-    if len(names) > 1:
-        return "", False
-    return (names[0] if names else "identity"), True
-
-
-def _biased(first: Growable, last: Growable) -> bool:
-    """A widening brings biases; a layer without one has no place for them."""
-    return first.bias is not None and last.bias is not None
-
-
-def _plain(conv: nn.Conv2d) -> bool:
-    return conv.groups == 1 and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-
-
-def _geometry(conv: nn.Conv2d) -> ConvGeometry:
-    padding = conv.padding
-    if isinstance(padding, str):
-        total = [
-            d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
-        ]
-        padding = (total[0], total[1])
-    return ConvGeometry(
-        kernel_h=conv.kernel_size[0],
-        kernel_w=conv.kernel_size[1],
-        stride_h=conv.stride[0],
-        stride_w=conv.stride[1],
-        padding_h=padding[0],
-        padding_w=padding[1],
-        dilation_h=conv.dilation[0],
-        dilation_w=conv.dilation[1],
-        groups=conv.groups,
-    )
 
 
 def _shape(node: Any) -> tuple[int, ...]:

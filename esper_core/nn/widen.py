@@ -1,4 +1,5 @@
-"""Making a kernel part of the host: rows for the source, columns for the sink, and the optimiser's memory of both.
+"""Making a kernel part of the host: rows for the source, columns for the sink, channels for the norm between them, and the
+optimiser's memory of all.
 
 After folding, the host is a plain network again, wider by the kernel's units; nothing of the kernel remains. Parameters change shape, so
 they are new objects: whoever keeps a list of them must ask the model again. The optimiser is told here.
@@ -14,16 +15,20 @@ from torch import Tensor, nn
 
 from esper_core.blueprint.build import KernelModule
 from esper_core.blueprint.fold import Origin, fold_terms
+from esper_core.blueprint.widening import widening
 from esper_core.errors import Conflict, Corrupt
+from esper_core.nn.between import WidenableNorm
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.trace import Growable
 
+Widenable = Growable | WidenableNorm
+
 
 def fold(host: Host, slot: Slot, optimizer: torch.optim.Optimizer | None) -> bool:
-    """Fold the slot's kernel, at its present alpha, into source and sink; the slot is empty afterwards.
+    """Fold the slot's kernel, at its present alpha, into source, norm and sink; the slot is empty afterwards.
 
     Returns:
-        False, and nothing changed, when the kernel is no widening or a neighbour relies on the present widths.
+        False, and nothing changed, when there is an ``obstacle``.
 
     Raises:
         Conflict: when the slot has no kernel.
@@ -31,22 +36,48 @@ def fold(host: Host, slot: Slot, optimizer: torch.optim.Optimizer | None) -> boo
     if slot.graft is None:
         raise Conflict(f"slot {slot.name} has no kernel to fold")
     kernel = cast(KernelModule, slot.graft.kernel)
-    terms = fold_terms(kernel, slot.interface, float(slot.graft.alpha)) if host.can_widen(slot) else None
+    terms = None if obstacle(host, slot) else fold_terms(kernel, slot.interface, float(slot.graft.alpha))
     if terms is None or slot.layers is None:
         return False
     source, sink = slot.layers
     parameters = dict(kernel.named_parameters())
     grow = _Growth(optimizer, parameters)
     grow.replace(source, "weight", terms.source_weight, 0, terms.origins.get("source_weight"))
-    grow.replace(source, "bias", terms.source_bias, 0, terms.origins.get("source_bias"))
+    if source.bias is not None:
+        grow.replace(source, "bias", terms.source_bias, 0, terms.origins.get("source_bias"))
     grow.replace(sink, "weight", terms.sink_weight, 1, terms.origins.get("sink_weight"))
-    with torch.no_grad():
-        cast(nn.Parameter, sink.bias).add_(terms.sink_bias)
+    if sink.bias is not None:
+        with torch.no_grad():
+            sink.bias.add_(terms.sink_bias)
+    for name, extra in terms.norm.items():
+        if name in ("weight", "bias"):
+            grow.replace(cast(nn.Module, slot.norm), name, extra, 0, terms.origins.get(f"norm.{name}"))
+        else:
+            old = getattr(slot.norm, name)
+            setattr(slot.norm, name, torch.cat([old, extra.to(old)]))
     _set_widths(source)
     _set_widths(sink)
+    if slot.norm is not None:
+        slot.norm.num_features += terms.units
     forget(optimizer, list(parameters.values()))
     slot.release()
     return True
+
+
+def obstacle(host: Host, slot: Slot) -> str:
+    """Why the slot's kernel cannot become part of the host's own weights now; empty when it can.
+
+    Raises:
+        Conflict: when the slot has no kernel.
+    """
+    if slot.graft is None:
+        raise Conflict(f"slot {slot.name} has no kernel to fold")
+    if slot.obstacle:
+        return slot.obstacle
+    kernel = cast(KernelModule, slot.graft.kernel)
+    if widening(slot.interface, kernel.ir.output, kernel.analysis) is None:
+        return f"{kernel.ir.name} is no widening of the spanned layer"
+    return "" if host.can_widen(slot) else "the kernel of a neighbouring slot relies on the present widths"
 
 
 def adopt(optimizer: torch.optim.Optimizer, like: nn.Parameter, parameters: list[nn.Parameter]) -> None:
@@ -76,34 +107,46 @@ def forget(optimizer: torch.optim.Optimizer | None, parameters: list[nn.Paramete
 
 
 def morphology(host: Host) -> dict[str, list[int]]:
-    """Weight shapes of the modules that slots can widen: with this, a fresh host is made to fit a grown one's weights."""
+    """Extents of the modules that slots can widen: with this, a fresh host is made to fit a grown one's weights.
+
+    The weight's shape of a layer, the number of channels of a norm.
+    """
     return {
-        path: list(cast(Growable, host.model.get_submodule(path)).weight.shape)
+        path: _extent(cast(Widenable, host.model.get_submodule(path)))
         for slot in host.slots.values()
         if slot.layers is not None
-        for path in (slot.source_path, slot.sink_path)
+        for path in (slot.source_path, slot.norm_path, slot.sink_path)
+        if path
     }
 
 
 def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping[str, list[int]]) -> None:
-    """Give a fresh host the shapes of a grown one; the values are to be loaded afterwards.
+    """Give a host the shapes of another; the values, and what an optimiser remembers of them, are to be loaded afterwards.
 
     Raises:
         Corrupt: when the shapes are not those of a widening of this host.
     """
     for path, shape in shapes.items():
-        module = cast(Growable, host.model.get_submodule(path))
-        present = list(module.weight.shape)
+        module = cast(Widenable, host.model.get_submodule(path))
+        present = _extent(module)
         if present == list(shape):
             continue
         if len(present) != len(shape) or present[2:] != list(shape[2:]):
             raise Corrupt(
                 f"{path} has weight {present}, the checkpoint {list(shape)}", hint="it belongs to another host"
             )
-        _swap(optimizer, module, "weight", module.weight.new_empty(shape))
-        if module.bias is not None and len(module.bias) != shape[0]:
-            _swap(optimizer, module, "bias", module.bias.new_empty(shape[0]))
-        _set_widths(module)
+        for name, extent in (("weight", shape), ("bias", shape[:1])):
+            old = getattr(module, name)
+            if old is not None and list(old.shape) != list(extent):
+                _swap(optimizer, module, name, old.new_empty(extent))
+                if optimizer is not None:
+                    optimizer.state.pop(old, None)
+        if isinstance(module, WidenableNorm):
+            for name in _statistics(module):
+                setattr(module, name, getattr(module, name).new_empty(shape))
+            module.num_features = shape[0]
+        else:
+            _set_widths(module)
 
 
 class _Growth:
@@ -113,7 +156,7 @@ class _Growth:
         self.optimizer = optimizer
         self.kernel = kernel
 
-    def replace(self, module: Growable, name: str, extra: Tensor, dim: int, origin: Origin | None) -> None:
+    def replace(self, module: nn.Module, name: str, extra: Tensor, dim: int, origin: Origin | None) -> None:
         old = cast(nn.Parameter, getattr(module, name))
         new = _swap(self.optimizer, module, name, torch.cat([old.detach(), extra.to(old)], dim))
         if self.optimizer is None or old not in self.optimizer.state:
@@ -156,6 +199,15 @@ def _swap(optimizer: torch.optim.Optimizer | None, module: nn.Module, name: str,
         for group in optimizer.param_groups:
             group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
     return new
+
+
+def _statistics(norm: WidenableNorm) -> list[str]:
+    """Names of the running statistics that it keeps per channel."""
+    return [name for name, buffer in norm.named_buffers(recurse=False) if buffer.ndim == 1]
+
+
+def _extent(module: Widenable) -> list[int]:
+    return [module.num_features] if isinstance(module, WidenableNorm) else list(module.weight.shape)
 
 
 def _set_widths(module: Growable) -> None:

@@ -121,6 +121,7 @@ def check(config: TolariaConfig, arguments: argparse.Namespace, out: Console) ->
             "hidden": slot.interface.hidden_width,
             "out": slot.interface.out_width,
             "foldable": slot.interface.foldable,
+            "obstacle": slot.obstacle,
         }
         for slot in host.slots.values()
     ]
@@ -140,7 +141,7 @@ def check(config: TolariaConfig, arguments: argparse.Namespace, out: Console) ->
         highlight=False,
     )
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    for column in ("slot", "layout", "in", "hidden", "out", "foldable"):
+    for column in ("slot", "layout", "in", "hidden", "out", "foldable", "obstacle"):
         table.add_column(column)
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))

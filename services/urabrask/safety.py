@@ -2,7 +2,8 @@
 
 A kernel is looked at twice: as it is inserted, where it must add exactly nothing and yet be able to learn; and awake,
 with every weight moved off its initial value, as training will leave it, where it must stay finite, repeatable and
-within the scale of its input. Inputs are drawn from a fixed seed: a verdict can be repeated.
+within the scale of its input. One that keeps statistics of its batches is looked at in evaluation mode as well, where those
+it came with count. Inputs are drawn from a fixed seed: a verdict can be repeated.
 
 What this does not show: that the kernel helps anybody. Only a run's own counterfactual can.
 """
@@ -54,10 +55,12 @@ def check(make: Make, interface: SlotInterface, rows: int = ROWS) -> None:
     normal = torch.randn(rows, *enters, generator=draw)
     inputs = {"an ordinary": normal, "a zero": torch.zeros_like(normal), "a large": normal * LARGE}
     _weights(make())
-    for name, x in inputs.items():
-        _asleep(make(), x, (rows, *leaves), name)
+    modes = (True, False) if any(True for _ in make().buffers()) else (True,)
+    looks = [(training, name, x) for training in modes for name, x in inputs.items()]
+    for training, name, x in looks:
+        _asleep(make().train(training), x, (rows, *leaves), name)
     _can_learn(make(), normal)
-    reached = set[str]().union(*(_awake(awaken(make()), x, name) for name, x in inputs.items()))
+    reached = set[str]().union(*(_awake(awaken(make().train(training)), x, name) for training, name, x in looks))
     for name, parameter in make().named_parameters():
         if parameter.dim() > 1 and name not in reached:
             raise Unfit(f"the gradient vanishes before weight {name}, whatever enters")

@@ -54,7 +54,7 @@ def run(pace: Pace) -> list[Table]:
         Table(
             "Training step after folding / of a network built that wide",
             folded,
-            ("'again' is the noise floor. A ResNet's span has a batch norm inside and is not folded.",),
+            ("'again' is the noise floor.",),
         ),
     ]
 

@@ -65,8 +65,12 @@ def _mlp(width: int) -> Make:
     return lambda more: hosts.mlp((64,), (width, width + more, width), CLASSES, "relu")
 
 
-def _resnet(_more: int) -> nn.Module:
-    return hosts.ResNet(3, (16, 32), 1, CLASSES)
+def _resnet(more: int) -> nn.Module:
+    model = hosts.ResNet(3, (16, 32), 1, CLASSES)
+    block = model.stages.get_submodule("0.0")
+    block.conv1, block.bn1 = nn.Conv2d(16, 16 + more, 3, padding=1, bias=False), nn.BatchNorm2d(16 + more)
+    block.conv2 = nn.Conv2d(16 + more, 16, 3, padding=1, bias=False)
+    return model
 
 
 FAMILIES = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from esper_core.blueprint.interface import ConvGeometry, Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, ConvGeometry, Layout, SlotInterface
 
 WINDOW = ConvGeometry(kernel_h=3, kernel_w=3, padding_h=1, padding_w=1)
 STRIDED = WINDOW.model_copy(update={"stride_h": 2, "stride_w": 2})
@@ -49,6 +49,14 @@ INTERFACES = {
     "image-strided": _image(STRIDED, WINDOW, 5, "relu"),
     "image-unpadded": _image(PLAIN, PLAIN, 5, "relu"),
     "image-pooled": _image(WINDOW, WINDOW, 4, "", foldable=False),
+}
+
+
+_FREE = {"source_bias_free": True, "sink_bias_free": True}
+INTERFACES |= {
+    "features-free": INTERFACES["features"].model_copy(update=_FREE),
+    "features-norm": INTERFACES["features"].model_copy(update={"norm": BatchNorm()}),
+    "image-norm": INTERFACES["image-strided"].model_copy(update=_FREE | {"norm": BatchNorm(affine=False)}),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from esper_core.blueprint.analyse import Limits, analyse
 from esper_core.blueprint.catalogue import candidates, catalogue
-from esper_core.blueprint.interface import Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, Layout, SlotInterface
 from esper_core.blueprint.ir import BlueprintIR, Node
 from esper_core.errors import InvalidInput
 
@@ -31,8 +31,29 @@ def test_figures_of_a_bottleneck(features: SlotInterface) -> None:
     assert found.parameters == 12 * 5 + 5 + 5 * 10 + 10
     assert found.flops == 2 * 12 * 5 + 5 + 2 * 5 * 10
     assert found.activation_elements == 5 + 5 + 10
-    assert found.shapes == {"input": (12,), "A": (5,), "s": (5,), "B": (10,)}
+    assert found.shapes == {"input": (12,), "A": (5,), "norm": (5,), "s": (5,), "B": (10,)}
     assert found.silenced == {"B"}
+
+
+def test_figures_over_a_norm_and_a_sink_without_bias(features: SlotInterface) -> None:
+    slot = features.model_copy(update={"norm": BatchNorm(), "source_bias_free": True, "sink_bias_free": True})
+    found = analyse(catalogue()["bottleneck_mlp"], slot, {"width": 5})
+    assert found.parameters == 12 * 5 + 2 * 5 + 5 * 10  # a row, the norm's factor and offset, a column
+    assert found.flops == 2 * 12 * 5 + 4 * 5 + 5 + 2 * 5 * 10
+    assert found.activation_elements == 5 + 5 + 5 + 10
+    bare = slot.model_copy(update={"norm": BatchNorm(affine=False)})
+    assert analyse(catalogue()["bottleneck_mlp"], bare, {"width": 5}).parameters == found.parameters - 2 * 5
+
+
+@pytest.mark.parametrize("norm", [None, BatchNorm()])
+@pytest.mark.parametrize("free", [False, True])
+def test_a_kernel_over_a_span_that_cannot_be_folded_keeps_its_way_outs_bias(
+    features: SlotInterface, norm: BatchNorm | None, *, free: bool
+) -> None:
+    changes = {"norm": norm, "source_bias_free": free, "sink_bias_free": free, "foldable": False}
+    found = analyse(catalogue()["bottleneck_mlp"], features.model_copy(update=changes), {"width": 5})
+    biases = {step.node.name: step.call.bias for step in found.steps if step.node.op == "linear"}
+    assert biases == {"A": norm is None, "B": True}
 
 
 def test_figures_of_a_strided_grouped_convolution() -> None:

@@ -10,7 +10,7 @@ from esper_core.blueprint import activation as activations
 from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.build import ACTIVATIONS, MAKERS, build, example_input, skeleton
 from esper_core.blueprint.catalogue import candidates, catalogue
-from esper_core.blueprint.interface import Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, Layout, SlotInterface
 from esper_core.blueprint.ir import BlueprintIR, Node
 from esper_core.blueprint.ops import REGISTRY
 from esper_core.errors import InvalidInput
@@ -34,7 +34,9 @@ def test_candidates_are_silent_can_learn_and_cost_what_was_said(interface: SlotI
         assert last, name
         assert all(p.grad is not None and torch.count_nonzero(p.grad) for p in last), name
         assert sum(p.numel() for p in kernel.parameters()) == analyse(ir, interface, symbols).parameters, name
-        assert not list(kernel.buffers()), name
+        normed = interface.norm is not None and any(node.op == "host_norm" for node in ir.nodes)
+        assert bool(list(kernel.buffers())) == normed, name
+        assert torch.count_nonzero(kernel.eval()(x)) == 0, name
 
 
 def test_the_whole_kernel_learns_once_it_has_left_zero(interface: SlotInterface) -> None:
@@ -58,6 +60,23 @@ def test_weights_depend_on_the_seed_alone_and_leave_the_global_state(features: S
     again, other = build(ir, features, seed=2**64 - 1), build(ir, features, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.state_dict()["A.weight"], other.state_dict()["A.weight"])
+
+
+def test_a_norm_is_born_with_statistics_of_its_own(features: SlotInterface) -> None:
+    norm = BatchNorm(eps=0.01, momentum=0.25)
+    kernel = build(catalogue()["bottleneck_mlp"], features.model_copy(update={"norm": norm}), {"width": 3})
+    state = {name: value.tolist() for name, value in kernel.state_dict().items() if name.startswith("norm.")}
+    assert state == {
+        "norm.weight": [1, 1, 1],
+        "norm.bias": [0, 0, 0],
+        "norm.running_mean": [0, 0, 0],
+        "norm.running_var": [1, 1, 1],
+        "norm.num_batches_tracked": 0,
+    }
+    x = example_input(features, batch=6, seed=2)
+    kernel(x)
+    wanted = 0.25 * torch.nn.functional.linear(x, kernel.state_dict()["A.weight"]).mean(0)
+    torch.testing.assert_close(kernel.state_dict()["norm.running_mean"], wanted)
 
 
 def test_a_skeleton_has_names_and_shapes_but_no_memory(features: SlotInterface) -> None:

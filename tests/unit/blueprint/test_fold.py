@@ -1,74 +1,16 @@
 """Folding: host(x) + alpha·kernel(x) equals the widened host, to rounding, wherever the algebra says so."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
-from esper_core.blueprint.build import ACTIVATIONS, KernelModule, build, example_input
+from esper_core.blueprint.build import build, example_input
 from esper_core.blueprint.catalogue import candidates, catalogue
-from esper_core.blueprint.fold import Fold, fold_terms, foldable, units
-from esper_core.blueprint.interface import ConvGeometry, Layout, SlotInterface
+from esper_core.blueprint.fold import fold_terms, foldable, units
+from esper_core.blueprint.interface import BatchNorm, ConvGeometry, Layout, SlotInterface
 from esper_core.blueprint.ir import BlueprintIR, Node
-
-
-class Pair(nn.Module):
-    """source → activation → sink, in float64."""
-
-    def __init__(self, interface: SlotInterface) -> None:
-        super().__init__()
-        i, self.activation = interface, interface.activation
-        self.source = _layer(i.in_width, i.hidden_width, i.source)
-        self.sink = _layer(i.hidden_width, i.out_width, i.sink)
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.sink(ACTIVATIONS[self.activation](self.source(x)))
-
-    def widened(self, fold: Fold) -> "Pair":
-        wide = copy.deepcopy(self)
-        for layer, name, extra, dim in (
-            (wide.source, "weight", fold.source_weight, 0),
-            (wide.source, "bias", fold.source_bias, 0),
-            (wide.sink, "weight", fold.sink_weight, 1),
-        ):
-            setattr(layer, name, nn.Parameter(torch.cat([getattr(layer, name).detach(), extra], dim)))
-        wide.sink.bias = nn.Parameter(self.sink.bias.detach() + fold.sink_bias)
-        return wide
-
-
-def _layer(width: int, out: int, geometry: ConvGeometry | None) -> nn.Linear | nn.Conv2d:
-    if geometry is None:
-        return nn.Linear(width, out)
-    g = geometry
-    return nn.Conv2d(width, out, g.kernel, stride=g.stride, padding=g.padding, dilation=g.dilation)
-
-
-def trained(kernel: KernelModule) -> KernelModule:
-    """Stand-in for training: every weight is some number, the biases too."""
-    generator = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in kernel.parameters():
-            parameter.normal_(generator=generator)
-    return kernel.double()
-
-
-def assert_exact(interface: SlotInterface, ir: BlueprintIR, symbols: dict[str, int], alpha: float) -> None:
-    host, kernel = Pair(interface), trained(build(ir, interface, symbols))
-    fold = fold_terms(kernel, interface, alpha)
-    assert fold is not None
-    assert fold.units == units(ir, interface, symbols) == len(fold.source_weight) == fold.sink_weight.shape[1]
-    x = example_input(interface, batch=3, seed=4).double()
-    with torch.no_grad():
-        wanted = host(x) + alpha * kernel(x)
-        error = (host.widened(fold)(x) - wanted).abs().max()
-        moved = (wanted - host(x)).abs().max()
-    assert error <= 1e-10 * max(1.0, wanted.abs().max().item())
-    assert moved > 1e-3  # otherwise nothing was proven
-
+from tests.unit.blueprint.pairs import NORMS, Pair, assert_exact, centred, trained
 
 ROWS = ("bottleneck_mlp", "low_rank", "linear_bypass")
 
@@ -80,16 +22,27 @@ ROWS = ("bottleneck_mlp", "low_rank", "linear_bypass")
     activation=st.sampled_from(("relu", "gelu", "gelu_tanh", "silu", "leaky_relu", "identity", "tanh", "sigmoid")),
     sizes=st.tuples(*[st.integers(1, 9)] * 4),
     alpha=st.floats(0.1, 2.0),
+    norm=st.none() | NORMS,
+    bias_free=st.tuples(st.booleans(), st.booleans()),
 )
-def test_linear_spans(name: str, layout: Layout, activation: str, sizes: tuple[int, ...], alpha: float) -> None:
+def test_linear_spans(
+    name: str,
+    layout: Layout,
+    activation: str,
+    sizes: tuple[int, ...],
+    alpha: float,
+    norm: BatchNorm | None,
+    bias_free: tuple[bool, bool],
+) -> None:
     enters, leaves, hidden, width = sizes
     slot = SlotInterface(
-        layout=layout, in_width=enters, out_width=leaves, hidden_width=hidden, activation=activation, foldable=True
-    )
+        layout=layout, in_width=enters, out_width=leaves, hidden_width=hidden, activation=activation, foldable=True,
+        norm=norm if layout is Layout.FEATURES else None, source_bias_free=bias_free[0], sink_bias_free=bias_free[1],
+    )  # fmt: skip
     ir = catalogue()[name]
     symbols = {"width": width} if "width" in ir.symbols else {}
-    if name != "bottleneck_mlp" and activation in ("tanh", "sigmoid"):
-        assert not foldable(ir, slot, symbols)  # s(x) - s(-x) is no multiple of x
+    if name != "bottleneck_mlp" and (activation in ("tanh", "sigmoid") or slot.norm):
+        assert not foldable(ir, slot, symbols)  # s(x) - s(-x) is no multiple of x; no norm leaves a map linear
         return
     assert_exact(slot, ir, symbols, alpha)
 
@@ -112,15 +65,25 @@ def geometries(strides: st.SearchStrategy[int]) -> st.SearchStrategy[ConvGeometr
     sink=geometries(st.integers(1, 2)),
     activation=st.sampled_from(("relu", "gelu", "silu", "tanh", "identity")),
     alpha=st.floats(0.1, 2.0),
+    norm=st.none() | NORMS,
+    bias_free=st.tuples(st.booleans(), st.booleans()),
 )
-def test_convolutional_spans(source: ConvGeometry, sink: ConvGeometry, activation: str, alpha: float) -> None:
+def test_convolutional_spans(
+    source: ConvGeometry,
+    sink: ConvGeometry,
+    activation: str,
+    alpha: float,
+    norm: BatchNorm | None,
+    bias_free: tuple[bool, bool],
+) -> None:
     middle = source.leaving((13, 12))
     size = sink.leaving(middle)
     if min(*middle, *size) < 1:
         return
     slot = SlotInterface(
         layout=Layout.IMAGE, in_width=3, out_width=2, hidden_width=4, in_size=(13, 12), out_size=size,
-        activation=activation, source=source, sink=sink, foldable=True,
+        activation=activation, source=source, sink=sink, foldable=True, norm=norm,
+        source_bias_free=bias_free[0], sink_bias_free=bias_free[1],
     )  # fmt: skip
     assert_exact(slot, catalogue()["conv_bypass_3x3"], {"width": 3}, alpha)
     centred = all(
@@ -134,21 +97,13 @@ def test_convolutional_spans(source: ConvGeometry, sink: ConvGeometry, activatio
         assert_exact(slot, pointwise, {"width": 3}, alpha)
 
 
-def _centred(kernel: int, stride: int = 1, dilation: int = 1) -> ConvGeometry:
-    pad = dilation * (kernel // 2)
-    return ConvGeometry(
-        kernel_h=kernel, kernel_w=kernel, stride_h=stride, stride_w=stride, padding_h=pad, padding_w=pad,
-        dilation_h=dilation, dilation_w=dilation,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("source", "sink"),
     [
-        (_centred(3), _centred(3)),
-        (_centred(3, stride=2), _centred(5)),
-        (_centred(5, dilation=2), _centred(1, stride=2)),
-        (_centred(1), _centred(3, dilation=3)),
+        (centred(3), centred(3)),
+        (centred(3, stride=2), centred(5)),
+        (centred(5, dilation=2), centred(1, stride=2)),
+        (centred(1), centred(3, dilation=3)),
     ],
 )
 @pytest.mark.parametrize("activation", ["relu", "identity"])
@@ -199,9 +154,9 @@ def test_what_is_no_widening_is_left_alone(features: SlotInterface) -> None:
 @pytest.mark.parametrize(
     ("source", "sink", "strides"),
     [
-        (_centred(3, stride=2), _centred(3), ("1", "2")),  # the right size, but other pixels
-        (_centred(3).model_copy(update={"padding_h": 0}), _centred(3).model_copy(update={"padding_h": 2}), ("1", "1")),
-        (_centred(3).model_copy(update={"padding_w": 2}), _centred(3).model_copy(update={"padding_w": 0}), ("1", "1")),
+        (centred(3, stride=2), centred(3), ("1", "2")),  # the right size, but other pixels
+        (centred(3).model_copy(update={"padding_h": 0}), centred(3).model_copy(update={"padding_h": 2}), ("1", "1")),
+        (centred(3).model_copy(update={"padding_w": 2}), centred(3).model_copy(update={"padding_w": 0}), ("1", "1")),
     ],
 )
 def test_windows_that_do_not_line_up_are_no_widening(
@@ -226,10 +181,10 @@ def test_windows_that_do_not_line_up_are_no_widening(
 
 
 def test_another_dilation_is_no_widening() -> None:
-    source = _centred(3, stride=3, dilation=2)
+    source = centred(3, stride=3, dilation=2)
     slot = SlotInterface(
         layout=Layout.IMAGE, in_width=3, out_width=2, hidden_width=4, in_size=(13, 13),
-        out_size=source.leaving((13, 13)), activation="relu", source=source, sink=_centred(1), foldable=True,
+        out_size=source.leaving((13, 13)), activation="relu", source=source, sink=centred(1), foldable=True,
     )  # fmt: skip
     window = {"kernel": "3", "padding": "2", "stride": "3"}
 
@@ -245,44 +200,12 @@ def test_another_dilation_is_no_widening() -> None:
 
 
 def test_a_grouped_host_cannot_take_new_units() -> None:
-    window = _centred(3).model_copy(update={"groups": 2})
+    window = centred(3).model_copy(update={"groups": 2})
     slot = SlotInterface(
         layout=Layout.IMAGE, in_width=4, out_width=4, hidden_width=4, in_size=(6, 6), out_size=(6, 6),
-        activation="relu", source=window, sink=_centred(3), foldable=True,
+        activation="relu", source=window, sink=centred(3), foldable=True,
     )  # fmt: skip
     assert not foldable(catalogue()["conv_bypass_3x3"], slot)
-
-
-def test_plain_copies_say_where_they_came_from(interface: SlotInterface) -> None:
-    for name, ir, symbols in candidates(interface, widths=(4,)):
-        kernel = trained(build(ir, interface, symbols))
-        fold = fold_terms(kernel, interface)
-        if fold is None:
-            continue
-        parameters = dict(kernel.named_parameters())
-        for field, origin in fold.origins.items():
-            assert torch.equal(origin.place(parameters[origin.parameter].detach()), getattr(fold, field)), name
-        expected = {"source_weight", "source_bias", "sink_weight"} if units(ir, interface, symbols) == 4 else set()
-        if name not in ("low_rank", "linear_bypass"):
-            assert set(fold.origins) == expected, name
-        assert "sink_bias" not in fold.origins
-        half = fold_terms(kernel, interface, alpha=0.5)
-        assert half is not None
-        assert set(half.origins) == set(fold.origins) - {"sink_weight"}  # a scaled copy is no plain one
-
-
-def test_gradients_of_plain_copies_agree_so_their_moments_may_move(features: SlotInterface) -> None:
-    ir = catalogue()["bottleneck_mlp"]
-    host, kernel = Pair(features), trained(build(ir, features))
-    fold = fold_terms(kernel, features)
-    assert fold is not None
-    wide, x = host.widened(fold), example_input(features, 5, 1).double()
-    (host(x) + kernel(x)).pow(2).sum().backward()
-    wide(x).pow(2).sum().backward()
-    grads = {name: p.grad for name, p in kernel.named_parameters()}
-    assert torch.allclose(wide.source.weight.grad[-8:], grads["A.weight"])
-    assert torch.allclose(wide.source.bias.grad[-8:], grads["A.bias"])
-    assert torch.allclose(wide.sink.weight.grad[:, -8:], grads["B.weight"])
 
 
 def test_folding_copies_and_needs_no_gradient(features: SlotInterface) -> None:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from esper_core.blueprint.interface import ConvGeometry, Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, ConvGeometry, Layout, SlotInterface, canonical_json
 from esper_core.errors import InvalidInput
+from esper_core.ids import content_id
 
 WINDOW = {"kernel_h": 3, "kernel_w": 3, "padding_h": 1, "padding_w": 1}
 ROW = {"layout": 1, "in_width": 4, "out_width": 5, "hidden_width": 2}
@@ -16,6 +17,16 @@ def test_equal_interfaces_have_equal_ids_and_any_change_gives_another() -> None:
     assert one.id.startswith("interface-")
     changed = [SlotInterface.model_validate({**ROW, key: 7}).id for key in ("in_width", "out_width", "hidden_width")]
     assert len({one.id, *changed, SlotInterface.model_validate({**ROW, "activation": "relu"}).id}) == 5
+
+
+def test_ids_from_before_there_were_norms_stay() -> None:
+    first = {"in_size": [], "out_size": [], "activation": "", "source": None, "sink": None, "foldable": False}
+    slot = SlotInterface.model_validate(ROW)
+    assert slot.id == content_id("interface", canonical_json({**ROW, **first}))
+    younger = {"norm": BatchNorm(), "source_bias_free": True, "sink_bias_free": True}
+    changed = [slot.model_copy(update={name: value}) for name, value in younger.items()]
+    assert len({slot.id, *(other.id for other in changed)}) == 4
+    assert [SlotInterface.model_validate(other.model_dump(mode="json")) for other in changed] == changed
 
 
 def test_shapes_follow_the_layout() -> None:
@@ -37,6 +48,7 @@ def test_shapes_follow_the_layout() -> None:
         {**ROW, "source": WINDOW},
         {**ROW, "foldable": True},
         {**IMAGE, "foldable": True, "activation": "relu"},
+        {**ROW, "layout": 2, "norm": {}},
         {**IMAGE, "foldable": True, "activation": "relu", "source": WINDOW, "sink": {**WINDOW, "stride_h": 2}},
     ],
 )

@@ -59,6 +59,12 @@ STORIES = {
         germinate={4: ("2:4", "low_rank")},
         visits=(S.FINE_TUNING, S.FOSSILIZED),
     ),
+    "across a norm": Story(
+        15,
+        family="resnet",
+        germinate={2: ("layer.0.conv1:layer.0.conv2", "conv_bypass_3x3")},
+        visits=(S.TRAINING, S.GRAFTING, S.FINE_TUNING, S.FOSSILIZED),
+    ),
     "rolled back and tried again": Story(
         20,
         germinate={2: ("2:4", "bottleneck_mlp"), 13: ("0:2", "bottleneck_mlp")},

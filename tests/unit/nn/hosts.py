@@ -85,6 +85,19 @@ def convolutional() -> nn.Sequential:
     )
 
 
+def normalised() -> nn.Sequential:
+    """Two spans with batch statistics between their layers; neither ends in a bias."""
+    return nn.Sequential(
+        nn.Linear(6, 8),
+        nn.BatchNorm1d(8),
+        nn.ReLU(),
+        nn.Linear(8, 2, bias=False),
+        nn.BatchNorm1d(2, affine=False, momentum=0.2),
+        nn.Tanh(),
+        nn.Linear(2, CLASSES, bias=False),
+    )
+
+
 @dataclass(frozen=True)
 class Family:
     """How to make a host and what it eats."""
@@ -98,6 +111,7 @@ FAMILIES = {
     "tanh": Family(lambda: perceptron(6, 8, 2, 8, CLASSES, activation=nn.Tanh), (6,)),
     "cnn": Family(convolutional, (2, 6, 6)),
     "resnet": Family(ResNet, (2, 6, 6)),
+    "normed": Family(normalised, (6,)),
     "transformer": Family(Transformer, (5, 6)),
 }
 
@@ -143,12 +157,15 @@ def wrapped_perceptron(model: nn.Module, *widths: int, activation: type[nn.Modul
 
 
 def planted(slot: Slot, blueprint: str, seed: int = 3, **symbols: int) -> KernelModule:
-    """A catalogue kernel bound to the slot with random weights everywhere: one that has learnt something."""
+    """A catalogue kernel bound to the slot with random weights and statistics: one that has learnt something."""
     kernel = build(catalogue()[blueprint], slot.interface, symbols)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in kernel.parameters():
             parameter.uniform_(-0.4, 0.4, generator=generator)
+        for name, buffer in kernel.named_buffers():
+            if buffer.ndim:
+                buffer.uniform_(0.5 if name.endswith("var") else -0.4, 1.2, generator=generator)
     slot.bind(kernel)
     return kernel
 

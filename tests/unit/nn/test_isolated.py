@@ -114,6 +114,8 @@ def test_a_kernel_that_is_not_finite_shows_it() -> None:
         ("mlp", "0:2", "linear_bypass"),
         ("cnn", "0:2", "conv_bypass_3x3"),
         ("cnn", "0:2", "squeeze_excite"),
+        ("normed", "0:3", "bottleneck_mlp"),
+        ("resnet", "layer.0.conv1:layer.0.conv2", "conv_bypass_3x3"),
         ("resnet", "layer.0.conv1:layer.0.conv2", "depthwise_separable"),
         ("transformer", "layer.linear1:layer.linear2", "attention_block"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper_core.blueprint.interface import Layout
+from esper_core.blueprint.interface import BatchNorm, Layout
 from esper_core.errors import InvalidInput, Unsupported
 from esper_core.nn.host import Host, wrap
 from tests.unit.nn.hosts import ResNet, Transformer, convolutional, equal, perceptron
@@ -49,7 +49,11 @@ def test_a_convolutional_network() -> None:
 def test_a_residual_network_is_spanned_inside_its_blocks_only() -> None:
     host = wrap(ResNet(), torch.zeros(4, 2, 6, 6))
     assert spans(host) == ["layer.0.conv1:layer.0.conv2", "layer.1.conv1:layer.1.conv2"]
-    assert not any(slot.interface.foldable for slot in host.slots.values())  # batch statistics stand between
+    for slot in host.slots.values():
+        assert slot.norm is host.model.get_submodule(slot.norm_path)
+        interface = slot.interface
+        assert (interface.norm, interface.activation, interface.foldable) == (BatchNorm(), "relu", True)
+        assert (interface.source_bias_free, interface.sink_bias_free) == (True, False)
     names = host.graph.modules
     flows = {(names[a], names[b]) for a, b in host.graph.edges}
     assert ("stem", "layer.1.conv1") in flows  # past the block
@@ -61,7 +65,8 @@ def test_a_transformer_is_spanned_in_its_feed_forward_part() -> None:
     assert spans(host) == ["layer.linear1:layer.linear2"]
     interface = host.slots["layer.linear1:layer.linear2"].interface
     assert interface.layout is Layout.TOKENS
-    assert not interface.foldable  # dropout between draws for every unit
+    assert not interface.foldable
+    assert "draws for every unit" in host.slots["layer.linear1:layer.linear2"].obstacle
     quiet = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
     assert wrap(quiet, torch.zeros(4, 5, 8)).slots["linear1:linear2"].interface.foldable
 
@@ -124,41 +129,112 @@ def test_a_module_under_two_names_has_no_single_place() -> None:
         (nn.LayerNorm(5), "", False),
         (nn.Softplus(), "", False),
         (nn.Sequential(nn.ReLU(), nn.Tanh()), "", False),
+        (nn.Sequential(nn.BatchNorm1d(5), nn.SiLU()), "silu", True),
+        (nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.SiLU()), "", False),
     ],
 )
 def test_what_stands_between_decides_whether_it_can_be_folded(activation: nn.Module, name: str, foldable: bool) -> None:
     host = wrap(nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 3)), torch.zeros(3, 4))
-    interface = host.slots["0:2"].interface
-    assert (interface.activation, interface.foldable) == (name, foldable)
+    slot = host.slots["0:2"]
+    assert (slot.interface.activation, slot.interface.foldable) == (name, foldable)
+    assert bool(slot.obstacle) != foldable
+
+
+class Twice(nn.Module):
+    """Two spans that share a norm."""
+
+    def __init__(self, second: nn.Module | None) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+        self.norm = nn.BatchNorm1d(4)
+        self.second = second
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.norm(self.a(x)))
+        return self.d((self.second or self.norm)(self.c(torch.relu(x))))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "foldable"),
+    ("norm", "why"),
     [
-        (nn.Linear(4, 5), nn.Linear(5, 3), True),
-        (nn.Linear(4, 5, bias=False), nn.Linear(5, 3), False),
-        (nn.Linear(4, 5), nn.Linear(5, 3, bias=False), False),
+        (nn.LayerNorm(4), "mixes units"),
+        (nn.GroupNorm(2, 4), "mixes units"),
+        (nn.BatchNorm1d(4, momentum=None), "since its start"),
+        (nn.BatchNorm1d(4, eps=2.0), "out of range"),
+        (nn.BatchNorm1d(4, bias=False), "no offset"),
+        (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), "behind the activation"),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4)), "more than one"),
+        (nn.Dropout(0.1), "dropout"),
+        (nn.Softmax(-1), "mixes units"),
+        (nn.Softplus(), "softplus"),
     ],
 )
-def test_a_layer_without_bias_has_no_place_for_a_units(first: nn.Module, last: nn.Module, foldable: bool) -> None:
-    host = wrap(nn.Sequential(first, nn.ReLU(), last), torch.zeros(3, 4))
-    assert host.slots["0:2"].interface.foldable == foldable
+def test_norms_that_cannot_be_widened_say_why(norm: nn.Module, why: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 3))
+    model.train(getattr(norm, "momentum", 0.1) is not None)  # its average over all batches is not traced in training
+    slot = wrap(model, torch.zeros(3, 4)).slots["0:2"]
+    assert why in slot.obstacle
+    assert (slot.norm, slot.interface.norm, slot.interface.foldable) == (None, None, False)
+
+
+def test_a_shared_norm_has_no_single_place() -> None:
+    for model in (Twice(None), Twice(tied := nn.BatchNorm1d(4))):
+        if model.second is not None:
+            tied.weight = model.norm.weight
+        slots = wrap(model, torch.zeros(3, 4)).slots
+        assert "more than one place" in slots["a:b"].obstacle
+        assert "more than one place" in slots["c:d"].obstacle
+    slots = wrap(Twice(nn.BatchNorm1d(4)), torch.zeros(3, 4)).slots
+    assert not slots["a:b"].obstacle
+    assert not slots["c:d"].obstacle
+
+
+def test_a_norm_over_tokens_is_not_per_unit() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    slot = wrap(model, torch.zeros(3, 5, 4)).slots["0:2"]
+    assert "not per unit" in slot.obstacle
+    assert slot.interface.norm is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"eps": 0.1, "momentum": 0.3}])
+def test_a_norm_is_described(training: bool, options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, **options), nn.Conv2d(3, 2, 1)).train(training)
+    slot = wrap(model, torch.zeros(3, 2, 4, 4)).slots["0:2"]
+    assert slot.interface.norm == BatchNorm(**options)
+    assert slot.interface.activation == "identity"
+
+
+@pytest.mark.parametrize("source", [True, False])
+@pytest.mark.parametrize("sink", [True, False])
+def test_whether_the_layers_have_biases(source: bool, sink: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 5, bias=source), nn.ReLU(), nn.Linear(5, 3, bias=sink))
+    slot = wrap(model, torch.zeros(3, 4)).slots["0:2"]
+    assert slot.interface.foldable
+    assert (slot.interface.source_bias_free, slot.interface.sink_bias_free) == (not source, not sink)
+    assert slot.unit_parameters == 4 + source + 3
 
 
 @pytest.mark.parametrize(
-    ("changes", "foldable"),
+    ("changes", "why"),
     [
-        ({}, True),
-        ({"padding": "same"}, False),
-        ({"padding_mode": "reflect"}, False),
-        ({"groups": 2}, False),
-        ({"stride": 2, "dilation": 2}, True),
+        ({}, ""),
+        ({"padding": "same"}, ""),
+        ({"padding": "valid"}, ""),
+        ({"padding": "same", "kernel_size": 4}, "unequally"),
+        ({"padding_mode": "reflect"}, "pads by reflect"),
+        ({"groups": 2}, "2 groups"),
+        ({"stride": 2, "dilation": 2}, ""),
     ],
 )
-def test_convolutions_that_can_be_widened(changes: dict[str, Any], foldable: bool) -> None:
-    options = {"padding": 1} | changes
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, **options), nn.ReLU(), nn.Conv2d(4, 2, 1))
-    assert wrap(model, torch.zeros(2, 4, 8, 8)).slots["0:2"].interface.foldable == foldable
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_convolutions_that_can_be_widened(changes: dict[str, Any], why: str) -> None:
+    options = {"kernel_size": 3, "padding": 1} | changes
+    for layers in ([nn.Conv2d(4, 4, **options), nn.Conv2d(4, 2, 1)], [nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, **options)]):
+        slot = wrap(nn.Sequential(layers[0], nn.ReLU(), layers[1]), torch.zeros(2, 4, 8, 8)).slots["0:2"]
+        assert slot.interface.foldable == (not why)
+        assert why in slot.obstacle
+        assert slot.interface.in_size == (8, 8)
 
 
 def test_tracing_changes_neither_model_nor_random_state() -> None:
@@ -222,6 +298,7 @@ def test_whole_blocks_can_be_spanned() -> None:
     assert (slot.interface.in_shape, slot.interface.out_shape) == ((4, 6, 6), (4, 6, 6))
     assert not slot.interface.foldable
     assert slot.layers is None
+    assert "between blocks" in slot.obstacle
 
 
 def test_the_wrapped_network_behaves_as_itself() -> None:

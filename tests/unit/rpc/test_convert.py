@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
+from esper_core.blueprint.interface import BatchNorm, SlotInterface
 from esper_core.control.packet import Budget, GrowthSignal, HealthSignal, KernelCandidate
 from esper_core.errors import InvalidInput
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2, run_pb2, telemetry_pb2
 from esper_core.rpc.convert import from_proto, to_proto
+from esper_core.rpc.layers import check
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=0, allow_infinity=False)
@@ -163,6 +165,33 @@ def test_what_the_model_forbids_names_the_field() -> None:
         from_proto(message, GrowthSignal)
     assert "gain: " in caught.value.message
     assert "confidence: " in caught.value.message
+
+
+NORMS = st.builds(
+    BatchNorm, eps=st.floats(1e-9, 1), momentum=unit, affine=st.booleans(), track_running_stats=st.booleans()
+)
+
+
+@given(st.none() | NORMS, st.booleans(), st.booleans())
+def test_what_stands_between_the_layers_travels_and_obeys_the_contract(
+    norm: BatchNorm | None, source: bool, sink: bool
+) -> None:
+    slot = SlotInterface(
+        layout=1, in_width=3, out_width=4, hidden_width=2, norm=norm, source_bias_free=source, sink_bias_free=sink
+    )
+    message = _wire(to_proto(slot, blueprint_pb2.SlotInterface))
+    check(message)
+    assert message.HasField("norm") == (norm is not None)
+    assert from_proto(message, SlotInterface) == slot
+
+
+@pytest.mark.parametrize("fault", [{"eps": 0}, {"eps": 2}, {"momentum": -0.1}, {"momentum": 1.1}])
+def test_the_contract_and_the_model_refuse_the_same_norms(fault: dict[str, float]) -> None:
+    fields = {"eps": 1e-5, "momentum": 0.1} | fault
+    with pytest.raises(InvalidInput):
+        check(blueprint_pb2.BatchNorm(**fields))
+    with pytest.raises(InvalidInput):
+        from_proto(blueprint_pb2.BatchNorm(**fields), BatchNorm)
 
 
 def test_a_candidate_keeps_every_figure() -> None:

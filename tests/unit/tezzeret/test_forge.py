@@ -10,7 +10,7 @@ import torch
 
 from esper_core.blueprint.build import build
 from esper_core.blueprint.catalogue import WIDTHS, candidates, catalogue
-from esper_core.blueprint.interface import Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, Layout, SlotInterface
 from esper_core.errors import InvalidInput
 from esper_core.kernel.manifest import KernelManifest
 from esper_core.kernel.pack import load
@@ -34,6 +34,7 @@ SLOTS = (
         sink=CONV,
     ),
 )
+NORMED = SLOTS[2].model_copy(update={"norm": BatchNorm(), "source_bias_free": True, "sink_bias_free": True})
 
 
 def job(path: Path, slot: SlotInterface, name: str = "bottleneck_mlp", **changes: Any) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def job(path: Path, slot: SlotInterface, name: str = "bottleneck_mlp", **changes
     return {**made, **changes}
 
 
-@pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.layout.name)
+@pytest.mark.parametrize("slot", [*SLOTS, NORMED], ids=lambda slot: f"{slot.layout.name}-{bool(slot.norm)}")
 def test_every_design_is_forged_into_bytes_that_compute_the_same(tmp_path: Path, slot: SlotInterface) -> None:
     for name, ir, symbols in candidates(slot, [4]):
         path = tmp_path / name
@@ -57,7 +58,9 @@ def test_every_design_is_forged_into_bytes_that_compute_the_same(tmp_path: Path,
         assert (made.parity_max_abs_diff, made.toolchain["torch"]) == (0.0, torch.__version__)
         assert 0 < made.build_seconds < 10
         rebuilt, built = load(path.read_bytes(), manifest), build(ir, slot, symbols, seed=7)
-        assert all(torch.equal(a, b) for a, b in zip(rebuilt.parameters(), built.parameters(), strict=True))
+        state, its_state = rebuilt.state_dict(), built.state_dict()
+        assert state.keys() == its_state.keys()
+        assert all(torch.equal(state[key], its_state[key]) for key in state)
         assert manifest.symbols == ir.bind(symbols)
 
 

@@ -73,6 +73,7 @@ def test_check_names_the_slots_and_trains_nothing(
     assert main([str(run_file), "--check", "-o", "json", "--data-dir", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [slot["slot"] for slot in found["slots"]] == ["fc1:fc2", "fc2:fc3", "fc3:head"]
+    assert [(slot["foldable"], slot["obstacle"]) for slot in found["slots"]] == [(True, "")] * 3
     assert not (tmp_path / "runs").exists()
 
 

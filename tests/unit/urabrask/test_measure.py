@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from esper_core.blueprint.build import build
 from esper_core.blueprint.catalogue import catalogue
-from esper_core.blueprint.interface import Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, Layout, SlotInterface
 from esper_core.kernel.manifest import KernelManifest, Provenance
 from esper_core.kernel.pack import pack
 from services.urabrask.measure import BATCH_BYTES, REPETITIONS, batch_for, measure
@@ -53,6 +54,15 @@ def test_time_memory_and_drift_are_those_of_the_kernel() -> None:
         y = module(torch.randn(64, 12, generator=torch.Generator().manual_seed(3)))
     scale = float(y.square().mean().sqrt())
     assert 0.5 * 2**-10 / scale < found.precision_drift <= 1.01 * 2**-10 / scale
+
+
+@pytest.mark.parametrize("rows", [64, 1])
+def test_a_kernel_with_batch_statistics_is_measured(rows: int) -> None:
+    slot = SLOT.model_copy(update={"norm": BatchNorm()})
+    found = measure(lambda: build(catalogue()["bottleneck_mlp"], slot), slot, rows)
+    assert (found.batch, found.deterministic) == (rows, True)
+    assert found.precision_drift < 1e-4
+    assert found.gradient_norm > 0
 
 
 def test_an_honest_kernel_hardly_drifts() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.blueprint.build import build
-from esper_core.blueprint.catalogue import candidates
-from esper_core.blueprint.interface import Layout, SlotInterface
+from esper_core.blueprint.catalogue import candidates, catalogue
+from esper_core.blueprint.interface import BatchNorm, Layout, SlotInterface
 from services.urabrask.safety import Unfit, check, gradient_norm, gradients
 
 ROWS = SlotInterface(layout=Layout.FEATURES, in_width=12, out_width=7, hidden_width=3, activation="relu")
@@ -20,7 +20,10 @@ IMAGE = SlotInterface(
 )
 
 
-@pytest.mark.parametrize("slot", [ROWS, TOKENS, IMAGE], ids=lambda slot: slot.layout.name)
+NORMED = [slot.model_copy(update={"norm": BatchNorm()}) for slot in (ROWS, IMAGE)]
+
+
+@pytest.mark.parametrize("slot", [ROWS, TOKENS, IMAGE, *NORMED], ids=lambda s: f"{s.layout.name}-{bool(s.norm)}")
 @pytest.mark.parametrize("width", [1, 2, 16])
 def test_every_design_of_the_catalogue_is_safe(slot: SlotInterface, width: int) -> None:
     found = candidates(slot, [width])
@@ -30,6 +33,19 @@ def test_every_design_of_the_catalogue_is_safe(slot: SlotInterface, width: int) 
             check(lambda ir=ir, symbols=symbols: build(ir, slot, symbols, seed=5), slot)
         except Unfit as finding:
             pytest.fail(f"{name} {symbols}: {finding}")
+
+
+@pytest.mark.parametrize("variance", [-1.0, 0.0])
+def test_statistics_that_only_show_in_evaluation_are_looked_at(variance: float) -> None:
+    slot = NORMED[0].model_copy(update={"norm": BatchNorm(eps=1e-12)})
+
+    def make() -> nn.Module:
+        kernel = build(catalogue()["bottleneck_mlp"], slot, seed=5)
+        kernel.state_dict()["norm.running_var"].fill_(variance)
+        return kernel
+
+    with pytest.raises(Unfit):
+        check(make, slot)
 
 
 class Adapter(nn.Module):
