@@ -62,7 +62,7 @@ def train(
         documents = [{"name": name, "summary": summary} for name, summary in known.items()]
         call.output.document(documents, table(("PRESET", "*WHAT IT IS"), known.items(), empty="no presets"))
         return
-    arguments = [_source(run)]
+    arguments = [source_of(run)]
     flags = (("--baseline", baseline), ("--no-twin", not twin), ("--resume", resume), ("--offline", offline))
     for option, given in flags:
         arguments += [option] if given else []
@@ -73,7 +73,7 @@ def train(
     if repeat is not None:
         arguments += ["--repeat", str(repeat)]
     for setting in settings or []:
-        arguments += ["--set", _setting(setting)]
+        arguments += ["--set", setting_of(setting)]
     if call.given_data_dir is not None or "ESPER_DATA_DIR" in os.environ:  # otherwise the configuration may say where
         arguments += ["--data-dir", str(call.data_dir)]
     arguments += ["-o", "json" if call.output.json else "text"]
@@ -92,7 +92,7 @@ def become(module: str, arguments: Sequence[str]) -> None:
     )
 
 
-def _source(given: str | None) -> str:
+def source_of(given: str | None) -> str:
     """A file or a preset, checked before a heavy process starts.
 
     Raises:
@@ -111,7 +111,7 @@ def _source(given: str | None) -> str:
     raise NotFound(f"no preset {given!r} and no such file", hint=nearest(given, names))
 
 
-def _setting(given: str) -> str:
+def setting_of(given: str) -> str:
     key, equals, _ = given.partition("=")
     if not equals or "." not in key.strip("."):
         raise InvalidInput(

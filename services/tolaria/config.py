@@ -7,6 +7,7 @@ or data set is refused rather than ignored.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,9 +19,19 @@ from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput, NotFound, nearest
 from esper_core.ids import check_name
 
-HostName = Literal["mlp", "cnn", "resnet", "transformer"]
+HostName = Literal["mlp", "cnn", "resnet", "transformer", "python"]
 DatasetName = Literal[
-    "digits", "breast_cancer", "wine", "iris", "diabetes", "linnerud", "spirals", "teacher", "tokens", "cifar10"
+    "digits",
+    "breast_cancer",
+    "wine",
+    "iris",
+    "diabetes",
+    "linnerud",
+    "spirals",
+    "teacher",
+    "tokens",
+    "cifar10",
+    "arrays",
 ]
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 
@@ -29,20 +40,27 @@ _HOST_FIELDS: dict[str, set[str]] = {
     "cnn": {"channels", "activation"},
     "resnet": {"channels", "blocks"},
     "transformer": {"width", "layers", "heads", "ffn", "activation"},
+    "python": {"factory"},
 }
 _DATASET_FIELDS: dict[str, set[str]] = {
     "spirals": {"samples", "noise", "turns"},
     "teacher": {"samples", "features", "classes", "teacher_widths"},
     "tokens": {"modulus"},
     "cifar10": {"path"},
+    "arrays": {"path"},
 }
+_FACTORY = re.compile(r"^[^:]+\.py:[A-Za-z_][A-Za-z0-9_]*$")
 _SHARED_DATASET_FIELDS = {"name", "validation_fraction", "test_fraction", "seed"}
 
 
 class ModelConfig(Section):
     """The host network."""
 
-    host: HostName = Field("mlp", description="mlp, cnn, resnet or transformer")
+    host: HostName = Field("mlp", description="mlp, cnn, resnet, transformer, or python for one's own")
+    factory: str | None = Field(
+        None,
+        description="python: FILE.py:FUNCTION that gives an nn.Module for (sample_shape, outputs); the file is run",
+    )
     widths: tuple[int, ...] = Field((64, 64), description="mlp: units of the hidden layers, first to last")
     activation: Activation = Field("relu", description="relu, gelu, silu or tanh; resnet always has relu")
     channels: tuple[int, ...] = Field((16, 32, 64), min_length=1, description="cnn, resnet: channels of each stage")
@@ -60,6 +78,8 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         _refuse_foreign(self, "model", f"host {self.host}", _HOST_FIELDS[self.host] | {"host"}, _HOST_FIELDS)
+        if self.host == "python" and not _FACTORY.match(self.factory or ""):
+            raise InvalidInput("model.factory must name a function in a file", hint="e.g. factory: nets/mine.py:build")
         if any(not 1 <= n <= 65536 for n in (*self.widths, *self.channels, *self.ffn)):
             raise InvalidInput("every layer of the host needs between 1 and 65536 units", hint="check model's widths")
         if self.host == "transformer":
@@ -78,7 +98,9 @@ class DatasetConfig(Section):
     """The data and its split into training, validation and test part."""
 
     name: DatasetName = Field("digits", description=", ".join(get_args(DatasetName)))
-    path: Path | None = Field(None, description="cifar10: folder with data_batch_1.bin … test_batch.bin")
+    path: Path | None = Field(
+        None, description="cifar10: folder with data_batch_1.bin … test_batch.bin; arrays: .npz with inputs and targets"
+    )
     validation_fraction: float = Field(0.2, gt=0, lt=0.9, description="share held back for decisions about growth")
     test_fraction: float = Field(0.2, gt=0, lt=0.9, description="share never seen before the end; cifar10 has its own")
     seed: int | None = Field(None, ge=0, description="of generation and split; unset: the run's seed")
@@ -96,6 +118,8 @@ class DatasetConfig(Section):
         _refuse_foreign(self, "dataset", f"data set {self.name}", allowed, _DATASET_FIELDS)
         if self.validation_fraction + self.test_fraction > 0.9:
             raise InvalidInput("validation and test part leave less than a tenth for training", hint="e.g. 0.2 and 0.2")
+        if self.name == "arrays" and self.path is None:
+            raise InvalidInput("dataset.path is needed for arrays", hint="a .npz file with arrays inputs and targets")
         if self.name == "cifar10" and self.path is None:
             raise InvalidInput(
                 "dataset.path is needed for cifar10",

@@ -6,6 +6,7 @@ Everything is a pure function of (configuration, seed). Whole data sets are held
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,9 @@ def prepare(config: DatasetConfig, seed: int, *, image: bool, device: str = "cpu
         InvalidInput: a file is malformed, or a part of the split would be empty.
     """
     fixed_test: Rows | None = None
-    if config.path is not None:  # which only cifar10 has
+    if config.name == "arrays" and config.path is not None:
+        inputs, targets = arrays(config.path.expanduser())
+    elif config.path is not None:  # which only cifar10 has besides
         inputs, targets, fixed_test = cifar10(config.path.expanduser())
     elif config.name in ("spirals", "teacher", "tokens"):
         inputs, targets = {"spirals": spirals, "teacher": teacher, "tokens": modular_sums}[config.name](config, seed)
@@ -154,6 +157,36 @@ def bundled(name: str) -> Rows:
     if regression and wanted.ndim == 1:
         wanted = wanted[:, None]
     return torch.from_numpy(np.asarray(inputs, dtype=np.float32)), torch.from_numpy(wanted)
+
+
+def arrays(path: Path) -> Rows:
+    """One's own data: a .npz file with ``inputs`` (rows, …) and ``targets``, whole numbers for classes, others for a regression.
+
+    Nothing in the file is executed.
+
+    Raises:
+        NotFound: there is no such file.
+        InvalidInput: it is no .npz, lacks an array, or the arrays do not belong together.
+    """
+    hint = "numpy.savez(PATH, inputs=..., targets=...): as many rows in both, numbers only"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            inputs, targets = np.asarray(file["inputs"], dtype=np.float32), np.asarray(file["targets"])
+    except FileNotFoundError:
+        raise NotFound(f"dataset.path: there is no file {path}", hint=hint) from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InvalidInput(f"{path} cannot be read: {error}", hint=hint) from None
+    if inputs.ndim not in (2, 4) or targets.ndim not in (1, 2) or len(inputs) != len(targets):
+        raise InvalidInput(f"{path} has inputs {inputs.shape} and targets {targets.shape}", hint=hint)
+    classes = targets.ndim == 1 and np.issubdtype(targets.dtype, np.integer)
+    if not np.isfinite(inputs).all() or (classes and targets.min() < 0):
+        raise InvalidInput(f"{path} has values that are not finite, or negative classes", hint=hint)
+    if classes:
+        return torch.from_numpy(inputs), torch.from_numpy(targets.astype(np.int64))
+    values = targets.astype(np.float32).reshape(len(targets), -1)
+    if not np.isfinite(values).all():
+        raise InvalidInput(f"{path} has targets that are not finite", hint=hint)
+    return torch.from_numpy(inputs), torch.from_numpy(values)
 
 
 def spirals(config: DatasetConfig, seed: int) -> Rows:

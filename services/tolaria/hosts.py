@@ -5,12 +5,14 @@ No dropout, no data-dependent control flow. Knows neither slots nor seeds: a hos
 
 from __future__ import annotations
 
+import importlib.util
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from esper_core.errors import InvalidInput
+from esper_core.errors import InvalidInput, NotFound, nearest
 from services.tolaria.config import ModelConfig
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -28,6 +30,8 @@ def build(config: ModelConfig, sample_shape: tuple[int, ...], tokens: int, outpu
     Raises:
         InvalidInput: host and data do not fit each other.
     """
+    if config.factory is not None:
+        return from_file(config.factory, sample_shape, outputs)
     kind = "tokens" if tokens else {1: "features", 3: "images"}.get(len(sample_shape), "inputs of another rank")
     wanted = {"mlp": ("features", "images"), "cnn": ("images",), "resnet": ("images",), "transformer": ("tokens",)}
     if kind not in wanted[config.host]:
@@ -51,6 +55,33 @@ def build(config: ModelConfig, sample_shape: tuple[int, ...], tokens: int, outpu
         return ResNet(sample_shape[0], config.channels, config.blocks, outputs)
     ffn = config.ffn if len(config.ffn) == config.layers else config.ffn * config.layers
     return Transformer(sample_shape[0], tokens, config.width, config.heads, ffn, outputs, config.activation)
+
+
+def from_file(factory: str, sample_shape: tuple[int, ...], outputs: int) -> nn.Module:
+    """One's own network: runs ``FILE.py`` and calls ``FUNCTION(sample_shape, outputs)``.
+
+    The file is code and does what it likes: whoever writes the settings decides what runs.
+
+    Raises:
+        NotFound: no such file or function.
+        InvalidInput: the file or the function fails, or gives no ``nn.Module``.
+    """
+    path, _, name = factory.rpartition(":")
+    spec = importlib.util.spec_from_file_location("own_network", path)
+    if spec is None or spec.loader is None or not Path(path).is_file():
+        raise NotFound(f"model.factory: there is no file {path}", hint="paths are seen from the present folder")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        function = getattr(module, name, None)
+        made = function(sample_shape, outputs) if callable(function) else None
+    except Exception as problem:
+        raise InvalidInput(f"{factory} failed: {type(problem).__name__}: {problem}") from problem
+    if function is None:
+        raise NotFound(f"{path} has no {name}", hint=nearest(name, vars(module)))
+    if not isinstance(made, nn.Module):
+        raise InvalidInput(f"{factory} gave {type(made).__name__}", hint="it must return a torch.nn.Module")
+    return made
 
 
 def mlp(sample_shape: tuple[int, ...], widths: tuple[int, ...], outputs: int, activation: str) -> nn.Sequential:

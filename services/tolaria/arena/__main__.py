@@ -12,17 +12,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from esper_core.errors import EsperError, InvalidInput
+from esper_core.errors import InvalidInput
 from esper_core.nn.checkpoint import write_atomic
-from services.tolaria import hosts
 from services.tolaria.arena import report
 from services.tolaria.arena.arms import ARMS, chosen
 from services.tolaria.arena.figures import Table, mean
+from services.tolaria.arena.own import read_task
 from services.tolaria.arena.suite import Ledger, run
-from services.tolaria.arena.task import Setup, Task
-from services.tolaria.config import TolariaConfig, read_run
-from services.tolaria.experiment import load_data, set_up
-from services.tolaria.optimization import learning_rate, optimizer_for
+from services.tolaria.arena.trial import wrapped
+from services.tolaria.edge import answered
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,49 +41,13 @@ def parser() -> argparse.ArgumentParser:
     return out
 
 
-def task_of(config: TolariaConfig) -> Task:
-    """The run as a task: its network, its data, its optimiser and schedule; where it should grow nobody knows."""
-
-    def make(seed: int) -> Setup:
-        import torch
-
-        seeded = config.model_copy(update={"seed": seed})
-        set_up(seeded)
-        torch.set_num_threads(1)
-        data = load_data(seeded)
-
-        def model() -> torch.nn.Module:
-            torch.manual_seed(seed)
-            return hosts.build(config.model, data.sample_shape, data.tokens, data.outputs).to(config.device)
-
-        return Setup(model, data)
-
-    return Task(
-        name=config.name,
-        about=f"{config.model.host} on {config.dataset.name}",
-        make=make,
-        needs_growth=None,
-        group="own",
-        optimizer=lambda parameters: optimizer_for(config.optimization, parameters),
-        epochs=config.optimization.epochs,
-        batch_size=config.optimization.batch_size,
-        rate=lambda epoch: learning_rate(config.optimization, epoch),
-        settings=config.morphogenetic.growth,
-        budget=config.morphogenetic.budget_parameters,
-    )
-
-
-def read_task(run_file: str, settings: tuple[str, ...]) -> Task:
-    """The task that a configuration spells."""
-    return task_of(read_run(run_file, list(settings)))
-
-
 def compare(asked: argparse.Namespace, console: Console) -> int:
     """Run what is missing, write the reports, print the table."""
     if asked.seeds < 1:
         raise InvalidInput(f"--seeds {asked.seeds} compares nothing", hint="1 or more; 10 for an interval worth having")
     arms = chosen(asked.arms)
     task = read_task(asked.run, tuple(asked.set))
+    wrapped(task.make(0))  # what is wrong with network or data shows here, not in a worker
     path = asked.out / f"{task.name}.jsonl"
     if asked.fresh:
         path.unlink(missing_ok=True)
@@ -121,16 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     asked = parser().parse_args(argv)
     console = Console(stderr=True)
-    try:
-        return compare(asked, console)
-    except EsperError as error:
-        console.print(f"error: {error.message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
-        if error.hint:
-            console.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here", markup=False, highlight=False)
-        return 130
+    return answered(console, lambda: compare(asked, console), "stopped; the same command goes on from here")
 
 
 if __name__ == "__main__":

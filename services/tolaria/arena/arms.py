@@ -145,13 +145,18 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
+EXTRA = frozenset({"senn", "narrowest", "rank"})
+"""Arms that run only when they are named: they grow where the others of their kind do."""
+
+
 def chosen(names: str | None) -> list[str]:
-    """Arms by name, those that others need first; all when None.
+    """Arms by name, those that others need first; the usual ones when None.
 
     Raises:
         InvalidInput: an arm that does not exist.
     """
-    wanted = list(ARMS) if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    usual = [name for name in ARMS if name not in EXTRA]
+    wanted = usual if names is None else [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
         if name not in ARMS:
             raise InvalidInput(f"there is no arm {name!r}", hint=nearest(name, ARMS))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -103,7 +105,7 @@ def run(
     done = total - sum(len(errand.arms) for errand in errands)
     progress(done, total, "")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers or _cores(), mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(workers or _cores(), mp_context=context, initializer=_settled) as pool:
         waiting: dict[Future[list[tuple[str, Row | None]]], Errand] = {pool.submit(carry_out, e): e for e in errands}
         try:
             for future in as_completed(waiting):
@@ -148,7 +150,16 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread() -> None:
+def _settled() -> None:
+    """One thread for arithmetic, and an end when whoever asked is gone, however it went."""
     import torch
 
     torch.set_num_threads(1)
+    asker = multiprocessing.parent_process()
+    if asker is not None:
+        threading.Thread(target=_leave_after, args=(asker.sentinel,), daemon=True).start()
+
+
+def _leave_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
