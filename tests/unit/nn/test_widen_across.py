@@ -13,12 +13,15 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
 
+from esper_core.blueprint.build import build
+from esper_core.blueprint.catalogue import catalogue
 from esper_core.errors import Conflict
 from esper_core.nn.host import Host, wrap
+from esper_core.nn.rehearsal import rehearse
 from esper_core.nn.widen import adopt, fold, morphology, obstacle, reshape
 from services.tolaria.hosts import Block
 from tests.unit.nn.grafts import NORMED, RESIDUAL, data, graft, host_of, kernel_parameters, outputs
-from tests.unit.nn.hosts import make, planted
+from tests.unit.nn.hosts import LOSS, equal, make, planted
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,27 @@ def test_a_kernel_takes_the_mode_of_the_hosts_norm(frozen: bool) -> None:
         host(inputs)
     assert not kernel.training
     assert wanted.requires_grad
+
+
+@pytest.mark.parametrize(("family", "name", "blueprint"), NORMED)
+@pytest.mark.parametrize("straight_through", [False, True])
+def test_a_kernel_rehearses_with_the_statistics_of_its_batches(
+    family: str, name: str, blueprint: str, straight_through: bool
+) -> None:
+    host = host_of(family).train()
+    slot = host.slots[name]
+    slot.bind(build(catalogue()[blueprint], slot.interface, {"width": 4}))
+    assert slot.graft is not None
+    before = copy.deepcopy(dict(host.state_dict()))
+    gained = rehearse(
+        host, slot.graft, data(family, 4), LOSS, steps=20, learning_rate=3e-3, seed=1, straight_through=straight_through
+    )
+    norm = slot.graft.kernel.get_submodule("norm")
+    seen = cast(Tensor, norm.num_batches_tracked).item()
+    assert seen == (20 if gained > 0 else 0)  # what it came with is kept when nothing was gained
+    assert gained > 0 or straight_through
+    assert bool(cast(Tensor, norm.running_mean).any()) == (gained > 0)
+    assert equal(dict(host.state_dict()), before)
 
 
 def test_a_unit_costs_its_row_its_norm_and_its_column() -> None:
