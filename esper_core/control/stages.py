@@ -63,7 +63,7 @@ def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
     if seed.lessons < settings.training_epochs:
         return None
     finite = all(bool(parameter.isfinite().all()) for parameter in plot.kernel(slot).parameters())
-    if not finite or learnt < settings.min_reconstruction:
+    if not finite or not learnt >= settings.min_reconstruction:  # what is not a number is not enough
         if finite and seed.lessons < settings.training_patience:
             return None
         reason = f"reconstructs {learnt:.3f} of the wanted update after {seed.lessons} lessons: not enough"
@@ -93,7 +93,7 @@ def _learn(seed: Seed, slot: Slot, now: Boundary) -> dict[str, float]:
     lesson = prepare(plot.host, slot, plot.probe, plot.loss_fn)
     kernel = plot.kernel(slot)
     if settings.training_objective == "straight-through":
-        rehearse(
+        learnt = rehearse(
             plot.host,
             slot.graft,
             plot.probe,
@@ -103,7 +103,7 @@ def _learn(seed: Seed, slot: Slot, now: Boundary) -> dict[str, float]:
             seed=drawn,
             straight_through=True,
         )
-        gained = _scaled(slot, now, lesson)
+        gained = math.nan if math.isnan(learnt) else _scaled(slot, now, lesson)
         return {"reconstruction": gained, "probe_gain": gained}
     reconstruction = teach(
         kernel,

@@ -11,6 +11,7 @@ Only the kernel's parameters receive gradients; the host's outputs in training, 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper_core.errors import InvalidInput
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host
 from esper_core.nn.probe import Batch, LossFunction, mean_loss, run
@@ -29,13 +31,26 @@ CHECK_EVERY = 20
 
 
 def parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Batches to learn from and held-back ones: every fourth sample of each."""
-    learn, held = [], []
+    """Batches to learn from and held-back ones: every fourth sample, counted across batches, however small they are.
+
+    Raises:
+        InvalidInput: when there are too few samples to hold one back.
+    """
+    learn: list[Batch] = []
+    held: list[Batch] = []
+    seen = 0
     for inputs, targets in batches:
-        kept = torch.arange(len(targets), device=targets.device) % 4 == 3
-        learn.append((_taken(inputs, ~kept), targets[~kept]))
-        held.append((_taken(inputs, kept), targets[kept]))
-    return learn, [batch for batch in held if len(batch[1])]
+        kept = torch.arange(seen, seen + len(targets), device=targets.device) % 4 == 3
+        seen += len(targets)
+        for part, chosen in ((learn, ~kept), (held, kept)):
+            if bool(chosen.any()):
+                part.append((_taken(inputs, chosen), targets[chosen]))
+    if not held:
+        raise InvalidInput(
+            f"the probe has {seen} samples, of which none can be held back",
+            hint="pass a list of (inputs, targets), 1024 samples or more in all",
+        )
+    return learn, held
 
 
 def rehearse(
@@ -52,18 +67,23 @@ def rehearse(
     """Train a bound kernel with Adam at alpha 1 and keep the weights that did best on the held-back samples.
 
     Returns:
-        By how much the kernel, blended in at full, would lower the held-back loss, as a share of that loss; 0 and the weights
-        it came with when it would not; NaN when the kernel gives something that is not finite.
+        By how much the kernel, blended in at full, lowers the held-back loss of the host without it, as a share of that loss:
+        0 for a silent kernel that learnt nothing, negative for one that harms by now; NaN when what the kernel gives is not
+        finite. A kernel that these steps did not improve has the weights that it came with.
+
+    Raises:
+        InvalidInput: when there are too few samples to hold one back.
     """
     learn, held = parted(batches)
+    before = mean_loss(host, held, loss_fn)
     kernel = graft.kernel
     dice = torch.Generator().manual_seed(seed)
     parameters = list(kernel.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     with _blended(graft):
-        before = best = mean_loss(host, held, loss_fn)
+        best = _look(host, graft, held, loss_fn)
         kept, waited = copy.deepcopy(kernel.state_dict()), 0
-        for step in range(1, steps + 1):
+        for step in range(1, steps + 1 if math.isfinite(best) else 1):
             inputs, targets = learn[int(torch.randint(len(learn), (1,), generator=dice))]
             with host.evaluating(), torch.enable_grad(), _through(graft, straight_through):
                 torch.manual_seed(seed + step)
@@ -72,7 +92,7 @@ def rehearse(
                 parameter.grad = gradient
             optimizer.step()
             if step % CHECK_EVERY == 0 or step == steps:
-                found, waited = mean_loss(host, held, loss_fn), waited + 1
+                found, waited = _look(host, graft, held, loss_fn), waited + 1
                 if not found >= best:  # a NaN is kept as well: the gate must see it
                     best, kept, waited = found, copy.deepcopy(kernel.state_dict()), 0
                 if waited == PATIENCE or found != found:
@@ -84,8 +104,8 @@ def rehearse(
 
 @contextmanager
 def _blended(graft: Graft) -> Iterator[None]:
-    """The kernel in the host at alpha 1; both as before afterwards."""
-    alpha = graft.alpha.clone()
+    """The kernel in the host at alpha 1; both as before afterwards. What fails in rehearsing is no failure on the stage."""
+    alpha, faults, raised = graft.alpha.clone(), graft.faults.clone(), graft.raised
     graft.attach()
     graft.alpha.fill_(1.0)
     try:
@@ -93,6 +113,16 @@ def _blended(graft: Graft) -> Iterator[None]:
     finally:
         graft.detach()
         graft.alpha.copy_(alpha)
+        graft.faults.copy_(faults)
+        graft.raised = raised
+
+
+def _look(host: Host, graft: Graft, held: Sequence[Batch], loss_fn: LossFunction) -> float:
+    """The held-back loss; NaN when the kernel was left out of a pass."""
+    graft.faults.zero_()
+    graft.raised = 0
+    loss = mean_loss(host, held, loss_fn)
+    return math.nan if graft.errors else loss
 
 
 @contextmanager
@@ -112,6 +142,8 @@ def _through(graft: Graft, straight: bool) -> Iterator[None]:
 
 
 def _taken(inputs: Any, chosen: Tensor) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[chosen]
-    return tuple(value[chosen] if isinstance(value, Tensor) else value for value in inputs)
+    """The chosen samples; what has no row per sample, a mask of all positions say, as it is."""
+    if isinstance(inputs, tuple):
+        return tuple(_taken(value, chosen) for value in inputs)
+    rows = isinstance(inputs, Tensor) and inputs.ndim > 0 and len(inputs) == len(chosen)
+    return inputs[chosen] if rows else inputs

@@ -22,7 +22,7 @@ model: {widths: [16, 1, 16]}
 dataset: {name: iris, validation_fraction: 0.3}
 optimization: {epochs: 30, batch_size: 4, learning_rate: 0.005}
 morphogenetic:
-  growth: {warmup_epochs: 2, evaluate_every: 1, training_steps: 20, training_epochs: 1, ramp_epochs: 3,
+  growth: {warmup_epochs: 2, evaluate_every: 1, training_steps: 20, training_epochs: 2, ramp_epochs: 3,
            settle_epochs: 1, fine_tune_epochs: 2, settle_sigmas: 100.0, embargo_epochs: 1}
 """
 NEW_IN_EVERY_PROCESS = {"command_id", "applied", "report_id", "decision_id", "reports", "waiting"}

@@ -38,7 +38,9 @@ QUICK = GrowthSettings(
     fine_tune_epochs=2,
     governor=GovernorSettings(),
 )
-"""A whole life in about ten epochs; the reconstruction gate lets anything finite pass."""
+"""A whole life in about ten epochs, two boundaries of it in TRAINING; the reconstruction gate lets anything finite pass."""
+LEARNING = QUICK.model_copy(update={"training_epochs": 100, "training_patience": 100, "training_steps": 10})
+"""A seed that stays in TRAINING."""
 
 
 class Silent:
@@ -87,6 +89,22 @@ def order(slot: str, target: State, **changes: Any) -> Command:
 def moves(report: BoundaryReport) -> list[tuple[str, State, State]]:
     """(slot, from, to) of every event."""
     return [(event.slot, event.source, event.target) for event in report.events]
+
+
+class Late(CatalogueSource):
+    """A catalogue whose kernels are on their way, once they have been asked for, as long as it is not ``open``."""
+
+    def __init__(self, is_open: bool = False, widths: Sequence[int] = QUICK.widths) -> None:
+        super().__init__(widths, 0, KernelCache())
+        self.open = is_open
+        self.asked: list[str] = []
+
+    def request(self, kernel_id: str, interface: SlotInterface) -> None:
+        super().request(kernel_id, interface)
+        self.asked.append(kernel_id)
+
+    def poll(self, kernel_id: str) -> LoadedKernel | None:  # type: ignore[override]
+        return super().poll(kernel_id) if self.open and kernel_id in self.asked else None
 
 
 class Given:

@@ -16,7 +16,7 @@ from esper_core.control.grower import BoundaryReport
 from esper_core.control.packet import Budget
 from esper_core.control.settings import GrowthSettings, HeuristicSettings
 from esper_core.lifecycle import BLENDED, IN_FLIGHT, TABLE, State
-from tests.unit.control.growing import Run, germinate, held, order, owned
+from tests.unit.control.growing import Late, Run, germinate, held, order, owned
 from tests.unit.nn.hosts import equal
 
 SLOTS = ("0:2", "2:4", "4:6")
@@ -25,7 +25,7 @@ BRIEF = GrowthSettings(
     evaluate_every=3,
     widths=(2,),
     embargo_epochs=1,
-    loading_epochs=1,
+    loading_epochs=2,
     training_epochs=1,
     training_patience=4,
     training_steps=15,
@@ -46,9 +46,16 @@ ids = st.integers(0, 99).map(str)
 class Orders(RuleBasedStateMachine):
     """A tiny run under arbitrary orders."""
 
-    @initialize(in_flight=st.integers(1, 3), budget=st.sampled_from([None, 40, 200]), heuristic=st.booleans())
-    def begin(self, in_flight: int, budget: int | None, heuristic: bool) -> None:
-        self.settings = BRIEF.model_copy(update={"policy": HeuristicSettings(in_flight=in_flight)})
+    @initialize(
+        in_flight=st.integers(1, 3),
+        budget=st.sampled_from([None, 40, 200]),
+        heuristic=st.booleans(),
+        lessons=st.integers(1, 3),
+    )
+    def begin(self, in_flight: int, budget: int | None, heuristic: bool, lessons: int) -> None:
+        changes = {"policy": HeuristicSettings(in_flight=in_flight), "training_epochs": lessons}
+        self.settings = BRIEF.model_copy(update=changes)
+        self.open = True
         self.budget = Budget(parameters=budget)
         self.heuristic = heuristic
         self.run = self.fresh()
@@ -59,7 +66,8 @@ class Orders(RuleBasedStateMachine):
 
     def fresh(self) -> Run:
         options = {"controller": None} if self.heuristic else {}
-        run = Run(seed=3, settings=self.settings, budget=self.budget, **options)
+        self.source = Late(self.open, BRIEF.widths)
+        run = Run(seed=3, settings=self.settings, budget=self.budget, source=self.source, **options)
         run.data = run.data[:2]
         return run
 
@@ -69,6 +77,10 @@ class Orders(RuleBasedStateMachine):
         offers = self.run.grower.source.candidates(place.interface) if place else ()
         kernel = offers[number % len(offers)].kernel_id if offers and number < 9 else "kernel-unknown"
         self.send(slot, State.GERMINATED, command_id, kernel)
+
+    @rule()
+    def the_library_comes_and_goes(self) -> None:
+        self.open = self.source.open = not self.open
 
     @rule(slot=slots, state=st.sampled_from(State), command_id=ids)
     def other(self, slot: str, state: State, command_id: str) -> None:

@@ -15,6 +15,7 @@ from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput
 from esper_core.lifecycle import State
 from tests.unit.control.growing import (
+    LEARNING,
     QUICK,
     Run,
     blended,
@@ -29,11 +30,12 @@ SLOT = "2:4"
 
 
 def test_finishing_drops_what_is_not_blended() -> None:
-    run = Run(seed=1)
+    run = Run(seed=1, settings=LEARNING)
     before = copy.deepcopy(dict(run.host.state_dict()))
     germinate(run.grower, SLOT)
     for number in range(3):
         run.grower.step(number, 1.0)
+    assert run.seed(SLOT).state is State.TRAINING
     plain, report = run.grower.finish()
     assert report.dropped == (SLOT,)
     assert report.added_parameters == 0
@@ -151,7 +153,9 @@ def test_the_first_measurement_waits_for_the_warm_up_and_then_comes_regularly() 
         def decide(self, packet: Any) -> None:
             seen.append(packet.epoch)
 
-    run = Run(seed=1, controller=Listener(), settings=settings(warmup_epochs=3, evaluate_every=2))
+    run = Run(
+        seed=1, controller=Listener(), settings=settings(warmup_epochs=3, evaluate_every=2, evaluate_at_most_every=2)
+    )
     run.epochs(0, 9)
     assert seen == [2, 4, 6, 8]
 
@@ -169,6 +173,7 @@ def test_the_heuristic_says_why_it_waits() -> None:
 def test_defaults_are_the_documented_ones() -> None:
     defaults = GrowthSettings()
     assert (defaults.embargo_epochs, defaults.share, defaults.gain_of_loss) == (5, 0.5, 0.005)
+    assert (defaults.training_objective, defaults.policy.coverage) == ("task", 0.99)
     assert (defaults.policy.health_threshold, defaults.policy.confidence_threshold) == (0.3, 0.7)
     assert (defaults.policy.adaptations_per_epoch, defaults.policy.in_flight) == (2, 1)
     governor = defaults.governor

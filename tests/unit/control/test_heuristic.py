@@ -162,12 +162,18 @@ def test_the_best_place_is_gain_times_share_per_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spectrum", "width"),
-    [((9.0, 1.0), 1), ((8.9, 1.1), 2), ((5.0, 5.0), 2), ((4.0, 3.0, 2.0, 1.0), 4), ((1.0,) * 8, 4)],
+    ("spectrum", "width", "coverage"),
+    [
+        *[(spectrum, width, {"coverage": 0.9}) for spectrum, width in [((9.0, 1.0), 1), ((8.9, 1.1), 2)]],
+        *[(spectrum, width, {}) for spectrum, width in [((99.0, 1.0), 1), ((98.9, 1.1), 2), ((9.0, 1.0), 2)]],
+        *[((5.0, 5.0), 2, {}), ((4.0, 3.0, 2.0, 1.0), 4, {}), ((1.0,) * 8, 4, {})],
+    ],
 )
-def test_the_cheapest_kernel_that_covers_the_spectrum(spectrum: tuple[float, ...], width: int) -> None:
-    """0.9 of the gain; where none covers that much, the one that covers most."""
-    (action,) = decide(slot(evidence=(signal(), signal(spectrum=spectrum)))).actions
+def test_the_cheapest_kernel_that_covers_the_spectrum(
+    spectrum: tuple[float, ...], width: int, coverage: dict[str, float]
+) -> None:
+    """0.99 of the gain if nothing else is said; where none covers that much, the one that covers most."""
+    (action,) = decide(slot(evidence=(signal(), signal(spectrum=spectrum))), **coverage).actions
     assert action.command.kernel_id == f"kernel-bottleneck_mlp-{width}"
     assert action.expected_gain == pytest.approx(sum(spectrum[:width]))
 

@@ -13,7 +13,7 @@ from esper_core.control.packet import Command, SeedEvent
 from esper_core.errors import Corrupt
 from esper_core.lifecycle import State
 from esper_core.nn import checkpoint
-from tests.unit.control.growing import Run, germinate, order, settings
+from tests.unit.control.growing import LEARNING, Late, Run, germinate, order, settings
 from tests.unit.nn.hosts import equal
 
 
@@ -27,6 +27,8 @@ class Story:
     orders: dict[int, tuple[str, State]] = field(default_factory=dict)
     losses: dict[int, float] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    arrives: int | None = None
+    """Epoch before which no kernel comes; there at once when None."""
     visits: tuple[State, ...] = ()
     """States that it must show, or the test proves nothing."""
 
@@ -34,9 +36,12 @@ class Story:
         def rule(parameters: Any) -> torch.optim.Optimizer:
             return torch.optim.Adam(parameters, 1e-2, amsgrad=True)
 
-        return Run(self.family, rule, seed=1, **self.options)
+        source = {} if self.arrives is None else {"source": Late()}
+        return Run(self.family, rule, seed=1, **self.options, **source)
 
     def live(self, run: Run, epoch: int) -> None:
+        if isinstance(run.grower.source, Late):
+            run.grower.source.open = self.arrives is not None and epoch >= self.arrives
         if epoch in self.germinate:
             slot, blueprint = self.germinate[epoch]
             germinate(run.grower, slot, blueprint, command_id=f"command-{epoch}")
@@ -68,13 +73,21 @@ STORIES = {
     "rolled back and tried again": Story(
         20,
         germinate={2: ("2:4", "bottleneck_mlp"), 13: ("0:2", "bottleneck_mlp")},
-        losses={9: float("inf")},
+        losses={5: float("inf")},
         visits=(S.GRAFTING, S.ROLLED_BACK, S.DORMANT),
+    ),
+    "a kernel long on its way": Story(
+        10,
+        germinate={2: ("2:4", "bottleneck_mlp")},
+        arrives=5,
+        options={"settings": settings(loading_epochs=5, training_epochs=3)},
+        visits=(S.LOADING, S.TRAINING, S.GRAFTING),
     ),
     "ordered away": Story(
         12,
         germinate={2: ("2:4", "bottleneck_mlp")},
         orders={5: ("2:4", S.CULLED)},
+        options={"settings": LEARNING},
         visits=(S.TRAINING, S.CULLED, S.DORMANT),
     ),
     "by its own need": Story(
@@ -105,7 +118,8 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
         story.live(whole, epoch)
     states.append(whole.grower.state_dict())
     assert set(story.visits) <= {event.target for event in whole.events}
-    cuts = {event.epoch + 1 + (event.target is State.TRAINING) for event in whole.events}
+    # After each change, and in the midst of what takes longer.
+    cuts = {event.epoch + 1 + late for event in whole.events for late in (0, event.target in (S.LOADING, S.TRAINING))}
     for cut in sorted(cuts & set(range(story.epochs))):
         saved = checkpoint.load(tmp_path / str(cut))
         assert equal(saved, states[cut]), "the state taken at the cut changed while the run went on"
@@ -122,9 +136,10 @@ def test_a_resumed_run_ends_alike() -> None:
     story = STORIES["a whole life"]
     whole, again = story.run(), story.run()
     for epoch in range(story.epochs):
-        if epoch == 12:
+        if epoch == 9:
+            assert whole.seed("2:4").state is S.FINE_TUNING
             again.grower.load_state_dict(whole.grower.state_dict())
-        for run in (whole, again) if epoch >= 12 else (whole,):
+        for run in (whole, again) if epoch >= 9 else (whole,):
             story.live(run, epoch)
     (plain, report), (its_plain, its_report) = whole.grower.finish(), again.grower.finish()
     assert equal(dict(plain.state_dict()), dict(its_plain.state_dict()))
@@ -148,16 +163,17 @@ def test_an_order_that_waits_survives(tmp_path: Path) -> None:
     second = Run(seed=1)
     second.grower.load_state_dict(checkpoint.load(tmp_path / "c"))
     second.epoch(2)
-    assert [event.command_id for event in second.events] == [command.command_id]
+    assert [event.command_id for event in second.events if event.target is S.GERMINATED] == [command.command_id]
 
 
 def test_an_order_obeyed_before_the_cut_is_not_obeyed_again() -> None:
-    first = Run(seed=1)
+    first = Run(seed=1, settings=LEARNING)
     command = germinate(first.grower, "2:4")
     first.epoch(0)
     first.grower.command(order("2:4", State.CULLED, command_id="stop"))
     first.epoch(1)
-    second = Run(seed=1)
+    assert first.seed("2:4").state is State.CULLED
+    second = Run(seed=1, settings=LEARNING)
     second.grower.load_state_dict(first.grower.state_dict())
     again: list[Command] = [command, order("2:4", State.CULLED, command_id="stop")]
     for repeated in again:

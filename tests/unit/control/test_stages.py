@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, cast
 
@@ -19,7 +20,10 @@ from esper_core.control.stages import ramp
 from esper_core.errors import Untrusted
 from esper_core.lifecycle import State
 from tests.unit.control.growing import (
+    LEARNING,
+    QUICK,
     Given,
+    Late,
     Run,
     catalogue_source,
     germinate,
@@ -44,6 +48,7 @@ LIFE = [
     State.FINE_TUNING,
     State.FOSSILIZED,
 ]
+GRAFTED = {State.GRAFTING, State.STABILIZATION, State.EVALUATING, State.FINE_TUNING}
 styles = st.sampled_from([RampStyle.LINEAR, RampStyle.COSINE, RampStyle.SIGMOID, RampStyle.UNSPECIFIED])
 
 
@@ -88,7 +93,7 @@ def test_a_kernel_that_never_comes_is_given_up() -> None:
 
 def test_a_kernel_that_can_never_be_had_ends_the_seed() -> None:
     run = given_kernel(Untrusted("the signature is by an unlisted key"))
-    run.epochs(0, 3)
+    run.epochs(0, 2)
     assert run.path(SLOT) == [State.DORMANT, State.GERMINATED, State.LOADING, State.CULLED]
     assert "unlisted key" in run.events[-1].reason
     assert run.host.slots[SLOT].graft is None
@@ -97,7 +102,7 @@ def test_a_kernel_that_can_never_be_had_ends_the_seed() -> None:
 def test_a_kernel_for_another_slot_ends_the_seed() -> None:
     run = Run(seed=1)
     run = given_kernel(real_kernel(run, "0:2"))
-    run.epochs(0, 3)
+    run.epochs(0, 2)
     assert run.path(SLOT)[-1] is State.CULLED
     assert run.host.slots[SLOT].graft is None
 
@@ -106,7 +111,7 @@ def test_weights_that_do_not_fit_their_blueprint_end_the_seed() -> None:
     kernel = real_kernel(Run(seed=1))
     short = {name: value for name, value in kernel.weights.items() if name != "A.bias"}
     run = given_kernel(LoadedKernel(kernel.kernel_id, kernel.blueprint, kernel.interface, kernel.symbols, short))
-    run.epochs(0, 3)
+    run.epochs(0, 2)
     assert run.path(SLOT)[-1] is State.CULLED
 
 
@@ -218,24 +223,95 @@ PASS_THROUGH = BlueprintIR(
 
 def test_a_kernel_that_cannot_begin_silent_is_not_bound() -> None:
     run = given_kernel(LoadedKernel("kernel-x", PASS_THROUGH, Run(seed=1).host.slots[SLOT].interface, {}, {}))
-    run.epochs(0, 3)
+    run.epochs(0, 2)
     assert run.path(SLOT)[-1] is State.CULLED
     assert "no-op" in run.events[-1].reason
 
 
 def test_each_lesson_is_drawn_anew_but_the_same_in_a_repeated_run() -> None:
-    runs = [Run(seed=1), Run(seed=1)]
+    runs = [Run(seed=1, settings=LEARNING), Run(seed=1, settings=LEARNING)]
     for run in runs:
         germinate(run.grower, SLOT)
-        run.epochs(0, 4)
+        run.epochs(0, 3)
+        assert run.seed(SLOT).lessons == 3
     kernels = [cast(nn.Module, run.host.slots[SLOT].graft).state_dict() for run in runs]
-    assert runs[0].seed(SLOT).lessons == 1
     assert equal(dict(kernels[0]), dict(kernels[1]))
+    drawn = [learnt_at(number) for number in (0, 0, 1)]  # by the same host, from the same kernel
+    assert equal(drawn[0], drawn[1])
+    assert not equal(drawn[0], drawn[2])
 
 
-def test_nothing_happens_twice_at_one_boundary() -> None:
-    run = Run(seed=1)
+def learnt_at(number: int) -> dict[str, Any]:
+    """A kernel after its first lesson, at that epoch."""
+    run = Run(seed=1, settings=LEARNING)
     germinate(run.grower, SLOT)
-    for number in range(10):
+    run.grower.step(number, 1.0)
+    return dict(cast(nn.Module, run.host.slots[SLOT].graft).state_dict())
+
+
+@pytest.mark.parametrize("lessons", [1, 2])
+def test_no_state_is_left_twice_at_one_boundary_and_a_graft_takes_one_step(lessons: int) -> None:
+    run = Run(seed=1, settings=settings(training_epochs=lessons))
+    run.epochs(0, 6)
+    germinate(run.grower, SLOT)
+    for number in range(6, 16):
         report = run.epoch(number)
-        assert len(moves(report)) <= 1
+        left = [source for _, source, _ in moves(report)]
+        assert len(left) == len(set(left))
+        assert len(left) == 1 or not set(left) & GRAFTED
+        assert [event.epoch for event in report.events] == [number] * len(left)
+    assert {event.source for event in run.events} >= GRAFTED, "it never was a graft"
+
+
+def test_what_the_host_knows_nothing_of_waits_for_nothing() -> None:
+    """With one lesson, from an order to the graft's first step in one boundary, each change once and in order."""
+    run = Run(seed=1, settings=settings(training_epochs=1))
+    germinate(run.grower, SLOT)
+    report = run.epoch(0)
+    assert moves(report) == [(SLOT, source, target) for source, target in itertools.pairwise(LIFE[:5])]
+    assert LIFE[4] is State.GRAFTING
+    assert run.grower.alpha(SLOT) == pytest.approx(ramp(1 / QUICK.ramp_epochs, QUICK.ramp))
+
+
+@pytest.mark.parametrize("lessons", [1, 2, 4])
+def test_training_lasts_as_many_boundaries_as_lessons(lessons: int) -> None:
+    run = Run(seed=1, settings=settings(training_epochs=lessons, training_patience=lessons))
+    germinate(run.grower, SLOT)
+    for number in range(lessons):
+        run.epoch(number)
+        assert run.seed(SLOT).lessons == number + 1
+        assert (run.seed(SLOT).state is State.GRAFTING) == (number + 1 == lessons)
+
+
+def test_a_kernel_on_its_way_is_waited_for_and_then_nothing_is() -> None:
+    source = Late()
+    run = Run(seed=1, settings=settings(training_epochs=1), source=source)
+    germinate(run.grower, SLOT)
+    assert moves(run.epoch(0)) == [(SLOT, source, target) for source, target in itertools.pairwise(LIFE[:3])]
+    assert moves(run.epoch(1)) == []
+    source.open = True
+    assert moves(run.epoch(2)) == [(SLOT, source, target) for source, target in itertools.pairwise(LIFE[2:5])]
+    assert source.asked == [run.seed(SLOT).kernel_id]
+
+
+def test_a_seed_that_the_controller_orders_goes_on_at_that_boundary() -> None:
+    run = Run(seed=1, controller=None, settings=settings(training_epochs=1, warmup_epochs=4))
+    for number in range(30):
+        report = run.epoch(number)
+        if report.events:
+            break
+    (slot,) = {event.slot for event in report.events}
+    assert moves(report) == [(slot, source, target) for source, target in itertools.pairwise(LIFE[:5])]
+
+
+@pytest.mark.parametrize("objective", ["task", "straight-through", "reconstruction"])
+def test_a_kernel_whose_output_is_not_finite_never_reaches_the_host(objective: str) -> None:
+    """Each of its weights is finite, and what it gives is not."""
+    kernel = real_kernel(Run(seed=1))
+    huge = {name: torch.full_like(value, 1e30) for name, value in kernel.weights.items()}
+    chosen = settings(training_objective=objective, settle_epochs=20, settle_patience=30)
+    told = LoadedKernel(kernel.kernel_id, kernel.blueprint, kernel.interface, kernel.symbols, huge)
+    run = given_kernel(told, settings=chosen)
+    run.epochs(0, chosen.training_patience)
+    assert run.path(SLOT) == [State.DORMANT, State.GERMINATED, State.LOADING, State.TRAINING, State.CULLED]
+    assert run.rolled_back == []

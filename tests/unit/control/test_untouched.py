@@ -14,12 +14,10 @@ from esper_core.control.survey import score
 from esper_core.lifecycle import State
 from esper_core.nn.host import Host, wrap
 from esper_core.nn.isolated import amplify, prepare
-from tests.unit.control.growing import germinate, grower, settings
+from tests.unit.control.growing import LEARNING, germinate, grower
 from tests.unit.nn.hosts import LOSS, batches, copied, equal, gradients, make, planted, wrapped
 
 STEPS = 5
-NEVER = settings(training_epochs=100, training_patience=100, training_steps=10)
-"""A seed that stays in TRAINING."""
 
 
 def record(model: nn.Module, optimizer: torch.optim.Optimizer, family: str, between: Callable[[int], None]) -> Any:
@@ -45,8 +43,9 @@ def fresh(family: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.Adam(model.parameters(), 1e-2)
 
 
-def watcher(family: str, host: Host, optimizer: torch.optim.Optimizer) -> Grower:
-    return grower(host, optimizer, batches(family, 3, seed=2), batches(family, 2, seed=3), settings=NEVER)
+def watcher(family: str, host: Host, optimizer: torch.optim.Optimizer, objective: str = "task") -> Grower:
+    chosen = LEARNING.model_copy(update={"training_objective": objective, "evaluate_at_most_every": 2})
+    return grower(host, optimizer, batches(family, 3, seed=2), batches(family, 2, seed=3), settings=chosen)
 
 
 @pytest.fixture(params=["mlp", "cnn", "resnet", "transformer"])
@@ -91,18 +90,20 @@ def test_measuring_between_steps_changes_nothing(family: str, bare: Any) -> None
     assert len(measured) >= 2 * len(host.slots)
 
 
-def test_a_seed_in_training_changes_nothing(family: str, bare: Any) -> None:
+@pytest.mark.parametrize("objective", ["task", "straight-through", "reconstruction"])
+def test_a_seed_in_training_changes_nothing(family: str, bare: Any, objective: str) -> None:
     model, optimizer = fresh(family)
     host = wrapped(family, model)
-    subject = watcher(family, host, optimizer)
+    subject = watcher(family, host, optimizer, objective)
     name = next(iter(host.slots))
     layout = host.slots[name].interface.layout.name
     germinate(subject, name, "conv_bypass_1x1" if layout == "IMAGE" else "bottleneck_mlp")
     for epoch in range(3):
         subject.step(epoch)
+        assert subject.seeds[0].state is State.TRAINING
     assert equal(renamed(record(host, optimizer, family, lambda step: void(subject.step(3 + step)))), bare)
     assert subject.seeds[0].state is State.TRAINING
-    assert subject.seeds[0].lessons == STEPS
+    assert subject.seeds[0].lessons == 3 + STEPS
     assert subject.seeds[0].reconstruction is not None
 
 
