@@ -66,7 +66,7 @@ def _patches(tensor: Tensor, conv: ConvGeometry, stride: tuple[int, int], grid: 
         kernel, padding, dilation = (1, 1), (max(-centre[0], 0), max(-centre[1], 0)), (1, 1)
     reach = [d * (k - 1) + 1 + s * (g - 1) for k, s, d, g in zip(kernel, stride, dilation, grid, strict=True)]
     size = tensor.shape[2:]
-    after = [r - n - p for r, n, p in zip(reach, size, padding, strict=True)]
-    padded = functional.pad(tensor, (padding[1], after[1], padding[0], after[0]))  # negative amounts crop
+    after = [max(0, r - n - p) for r, n, p in zip(reach, size, padding, strict=True)]
+    padded = functional.pad(tensor, (padding[1], after[1], padding[0], after[0]))[:, :, : reach[0], : reach[1]]
     unfolded = functional.unfold(padded, kernel, dilation=dilation, stride=stride)
     return unfolded.transpose(1, 2).flatten(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from torch import Tensor
 from torch.nn import functional
 
@@ -22,6 +22,11 @@ geometries = st.builds(
     dilation_h=st.integers(1, 2),
     dilation_w=st.integers(1, 2),
 )
+
+
+ONE = ConvGeometry(kernel_h=1, kernel_w=1, stride_h=2, stride_w=2, padding_h=2, padding_w=1)
+WIDE = ConvGeometry(kernel_h=4, kernel_w=3, dilation_h=2, dilation_w=2)
+"""Of these, the rows reach less far than the image's padding."""
 
 
 def image(source: ConvGeometry, sink: ConvGeometry, channels: int = 2) -> SlotInterface | None:
@@ -56,6 +61,7 @@ def test_inner_rows_times_weights_are_the_sinks_output(source: ConvGeometry, sin
 
 
 @settings(deadline=None, max_examples=80)
+@example(ONE, WIDE)
 @given(geometries, geometries)
 def test_entering_rows_are_the_sources_windows_on_the_grid_that_leaves(
     source: ConvGeometry, sink: ConvGeometry
