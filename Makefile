@@ -13,10 +13,10 @@ PROTOS := $(shell find protos -name '*.proto') protos/generate.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup proto up down status demo test check bench bench-exec clean
+.PHONY: help setup proto up down status demo test check bench bench-exec bench-growth clean
 
 help: ## What can be typed here
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 setup: $(READY) ## Build .venv from the lock (once)
 
@@ -65,6 +65,9 @@ bench: $(READY) $(STUBS) ## Measure; prints ratios with their spread and the mac
 
 bench-exec: $(READY) $(STUBS) ## Only what the execution layer costs; on a GPU: make bench-exec DEVICE=cuda
 	@$(BIN)/python -m tests.bench exec $(if $(DEVICE),--device $(DEVICE))
+
+bench-growth: $(READY) $(STUBS) ## Does growing pay? Every arm on every task, ten paired seeds; goes on where it was broken off
+	@$(BIN)/python -m tests.bench.growth --report tests/bench/GROWTH.md
 
 clean: ## Remove what can be built again
 	rm -rf $(VENV) build dist esper_core/pb
