@@ -42,8 +42,9 @@ def run(pace: Pace) -> list[Table]:
         pace.say(family.name)
         rows.append(_measured(family, settings, pace.rounds(15, 5)))
     note = (
-        f"Probe of {PROBE_ROWS} rows; a boundary measures every {settings.evaluate_every} epochs. The share is of the time "
-        "spent in training steps; 'steps for 1 %' is how many steps an epoch must have for it to be one per cent."
+        f"Probe of {PROBE_ROWS} rows; a boundary measures every {settings.evaluate_every} epochs while some slot is in need, and "
+        f"ever more rarely, down to every {settings.evaluate_at_most_every}, while all is well. The share is of the time spent in "
+        "training steps; 'steps for 1 %' is how many steps an epoch must have for it to be one per cent while in need."
     )
     return [Table("A measuring epoch boundary, in training steps", rows, (note,))]
 
@@ -53,7 +54,7 @@ def _measured(family: Family, settings: GrowthSettings, rounds: int) -> Row:
     optimizer = adam(host)
     inputs, targets = family.rows(PROBE_ROWS)
     probe = list(zip(inputs.split(PROBE_BATCH), targets.split(PROBE_BATCH), strict=True))
-    always = settings.model_copy(update={"warmup_epochs": 0, "evaluate_every": 1})
+    always = settings.model_copy(update={"warmup_epochs": 0, "evaluate_every": 1, "evaluate_at_most_every": 1})
     grower = Grower(
         host,
         optimizer,
@@ -70,6 +71,8 @@ def _measured(family: Family, settings: GrowthSettings, rounds: int) -> Row:
     for epoch in range(1, rounds + 1):
         steps.append(family.clock(step, times))
         boundaries.append(family.clock(partial(grower.step, epoch, 1.0), 1))
+        if not grower.survey.fresh(epoch):
+            raise RuntimeError("a boundary that was to be timed measured nothing")
         if time.monotonic() > ends and epoch >= LEAST:
             break
     ratio = Sample(tuple(a / b for a, b in zip(boundaries, steps, strict=True)))
@@ -83,5 +86,7 @@ def _measured(family: Family, settings: GrowthSettings, rounds: int) -> Row:
         "step ms": statistics.median(steps) * 1e3,
         f"share at {DIGITS_STEPS}/epoch": ratio.median / (settings.evaluate_every * DIGITS_STEPS),
         f"share at {CIFAR_STEPS}/epoch": ratio.median / (settings.evaluate_every * CIFAR_STEPS),
+        f"all well, at {DIGITS_STEPS}": ratio.median / (settings.evaluate_at_most_every * DIGITS_STEPS),
+        f"all well, at {CIFAR_STEPS}": ratio.median / (settings.evaluate_at_most_every * CIFAR_STEPS),
         "steps for 1 %": ratio.median / (settings.evaluate_every * 0.01),
     }
