@@ -22,6 +22,10 @@ from esper_core.nn.probe import Batch, LossFunction, mean_loss, run
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
 
+FOLD_ROWS = 256
+"""Held-back rows on which a fold is compared with what it replaces; the comparison is what a fold costs."""
+
+
 class Plot:
     """A run's host with what growing it needs.
 
@@ -143,7 +147,7 @@ class Plot:
         """Make the slot's kernel part of the host.
 
         Returns:
-            The largest absolute change of the held-back outputs, both networks evaluated in float64, so that it measures the fold
+            The largest absolute change of held-back outputs, both networks evaluated in float64, so that it measures the fold
             and not the rounding of two differently ordered float32 sums; None when it cannot be folded.
         """
         before = self._outputs()
@@ -159,7 +163,16 @@ class Plot:
             if slot.graft is not None:
                 slot.graft.double()
         with twin.evaluating():
-            return [run(twin, doubled(inputs)) for inputs, _ in self.validation]
+            return [run(twin, doubled(inputs)) for inputs, _ in self._some_held_back()]
+
+    def _some_held_back(self) -> list[Batch]:
+        """Held-back batches of ``FOLD_ROWS`` rows or a little more."""
+        chosen: list[Batch] = []
+        for batch in self.validation:
+            if sum(len(targets) for _, targets in chosen) >= FOLD_ROWS:
+                break
+            chosen.append(batch)
+        return chosen
 
     @property
     def parameters(self) -> int:
