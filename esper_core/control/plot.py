@@ -21,7 +21,6 @@ from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction, mean_loss, run
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
-
 FOLD_ROWS = 256
 """Held-back rows on which a fold is compared with what it replaces; the comparison is what a fold costs."""
 
