@@ -22,6 +22,8 @@ class Boundary:
     epoch: int
     train_loss: float
     keep_snapshot: Callable[[Seed], None]
+    left: Callable[[Seed], int | None]
+    """Parameters that the seed's own kernel may add; None = no limit."""
 
 
 @dataclass(frozen=True)

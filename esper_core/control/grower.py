@@ -121,7 +121,7 @@ class Grower:
         self.survey.begin(loss)
         events: list[SeedEvent] = self._govern(epoch, loss)
         self._restored = False
-        now = Boundary(self.plot, self.source, self.governor, epoch, loss, self._keep_snapshot)
+        now = Boundary(self.plot, self.source, self.governor, epoch, loss, self._keep_snapshot, self._left_for)
         for seed in list(self._ledger.seeds.values()):
             events += self._advance(seed, now)
         moved = time.perf_counter()
@@ -284,6 +284,10 @@ class Grower:
         grown += sum(seed.parameters for seed in self.seeds if seed.state in IN_FLIGHT - BLENDED)
         left = None if limit is None else max(0, limit - grown)
         return Budget(parameters=left, adaptations=self.budget.adaptations)
+
+    def _left_for(self, seed: Seed) -> int | None:
+        left = self._left().parameters
+        return None if left is None else left + seed.parameters
 
     def _obey(
         self, command: Command, now: Boundary, events: list[SeedEvent], refused: list[tuple[Command, str]]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.blueprint.ir import BlueprintIR
+from esper_core.blueprint.widening import units
 from esper_core.control.packet import AdaptationSignal, KernelCandidate, SystemStatePacket
 
 
@@ -30,6 +31,11 @@ class LoadedKernel:
     interface: SlotInterface
     symbols: Mapping[str, int]
     weights: Mapping[str, Tensor]
+
+    def cost(self, unit_parameters: int) -> int:
+        """Parameters that the host will have more of in the end: a widening leaves its units, whatever it was made of."""
+        width = units(self.blueprint, self.interface, self.symbols)
+        return width * unit_parameters if width and unit_parameters else sum(w.numel() for w in self.weights.values())
 
 
 class Controller(Protocol):

@@ -36,6 +36,11 @@ def loading(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
             if waited < now.plot.settings.loading_epochs:
                 return None
             return seed.advance(State.CULLED, now.epoch, f"the kernel did not arrive within {waited} epochs")
+        cost, left = kernel.cost(slot.unit_parameters), now.left(seed)
+        if left is not None and cost > left:  # one that was ordered by name is known only now
+            return seed.advance(
+                State.CULLED, now.epoch, f"the kernel costs {cost} parameters, the budget has {left} left"
+            )
         graft = now.plot.plant(slot, kernel)
     except EsperError as problem:
         return seed.advance(State.CULLED, now.epoch, f"the kernel could not be had: {problem.message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.control.roles import Controller
+from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput, nearest
 from esper_core.nn.host import Host
 from services.tolaria.arena import rivals
@@ -48,8 +50,13 @@ def _ungrown(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row:
     return plain(task, setup, arm, seed, model=setup.model())
 
 
-def _esper(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row:
-    return growing(task, setup, arm, seed, None, host=wrapped(setup))
+def _esper(task: Task, setup: Setup, arm: str, seed: int, _: Peers, **changes: object) -> Row:
+    settings = GrowthSettings.model_validate({**task.settings.model_dump(), **changes})
+    return growing(task, setup, arm, seed, None, host=wrapped(setup), settings=settings)
+
+
+def _taught(**changes: object) -> Callable[[Task, Setup, str, int, Peers], Row]:
+    return functools.partial(_esper, **changes)
 
 
 def _static(task: Task, setup: Setup, arm: str, seed: int, peers: Peers, *, equal_flops: bool) -> Row:
@@ -141,12 +148,19 @@ ARMS: Mapping[str, Arm] = {
     "senn": _named(_rival(lambda *_: rivals.senn), "one graft where the SENN score is highest"),
     "narrowest": _named(_rival(lambda *_: rivals.narrowest), "one graft at the narrowest layer"),
     "rank": _named(_rival(lambda *_: rivals.effective_rank), "one graft at the layer of lowest effective rank"),
+    "reconstruction": Arm(
+        "esper, kernels taught the update the span cannot make", _taught(training_objective="reconstruction")
+    ),
+    "straight-through": Arm(
+        "esper, kernels taught by the loss's own gradient", _taught(training_objective="straight-through")
+    ),
+    "silent": Arm("esper, kernels taught nothing", _taught(training_steps=1, training_learning_rate=1e-12)),
     "adapter": Arm("a residual adapter on the narrow layer's own output", _adapter),
 }
 
 
-EXTRA = frozenset({"senn", "narrowest", "rank"})
-"""Arms that run only when they are named: they grow where the others of their kind do."""
+EXTRA = frozenset({"senn", "narrowest", "rank", "reconstruction", "straight-through", "silent"})
+"""Arms that run only when they are named: places that others choose too, and other lessons for kernels."""
 
 
 def chosen(names: str | None) -> list[str]:

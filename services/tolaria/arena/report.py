@@ -16,7 +16,7 @@ from services.tolaria.report import plotly
 
 Cells = list[str]
 HEAD: Cells = [
-    "arm", "n", "accuracy %", "± 95 %", "above none", "above esper", "added", "tried", "kept", "culled", "rolled back",
+    "arm", "n", "accuracy %", "± 95 %", "above none", "above esper", "at full alpha", "added", "tried", "kept", "culled", "rolled back",
     "train GFLOP", "scoring %", "train s", "growing s",
 ]  # fmt: skip
 
@@ -31,7 +31,7 @@ def _line(table: Table, task: str, arm: str) -> Cells:
     found = mean(table.points(task, arm))
 
     def average(values: Sequence[float], digits: int = 1) -> str:
-        return f"{sum(values) / len(values):.{digits}f}"
+        return f"{sum(values) / len(values):.{digits}f}" if values else "–"
 
     return [
         arm,
@@ -40,6 +40,7 @@ def _line(table: Table, task: str, arm: str) -> Cells:
         f"{found.half:.2f}" if found.n > 1 else "–",
         str(table.gap(task, arm, "none") or "–") if arm != "none" else "–",
         str(table.gap(task, arm, "esper") or "–") if arm != "esper" else "–",
+        average([100 * row.at_full[0] for row in rows if row.at_full], 2),
         average([row.added for row in rows], 0),
         average([len(row.slots) for row in rows]),
         average([len(row.kept) for row in rows]),

@@ -82,11 +82,18 @@ def _run(asked: argparse.Namespace) -> int:
     write_atomic(asked.out / "growth.html", page.encode())
     write_atomic(asked.out / "growth.json", json.dumps(report.document(rows, goals), indent=1).encode())
     if asked.report:
-        write_atomic(asked.report, text.encode())
+        write_atomic(asked.report, (text + _reading(asked.report)).encode())
     for line_cells in cells[1:]:
         print("  ".join(line_cells))
     print(asked.out / "growth.html", file=sys.stderr)
     return 0
+
+
+def _reading(path: Path) -> str:
+    """What a person wrote under the figures, kept when they are measured again."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, mark, words = before.partition("\n## Reading\n")
+    return mark + words
 
 
 def _goal_line(name: str, goal: dict[str, float | str | bool | None]) -> list[str]:

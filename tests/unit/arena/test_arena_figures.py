@@ -48,7 +48,7 @@ def test_reports_name_every_arm_and_goal() -> None:
     table = Table([row("none", 0, 0.5), row("none", 1, 0.5), row("esper", 0, 0.75), row("esper", 1, 0.75)])
     goals = [["goal", "value"], ["gain & <more>", "25"]]
     text = report.markdown(table, {"t": "about it"}, "opening", goals)
-    assert "| esper | 2 | 75.00 | 0.00 | 25.00 ± 0.00 |" in text
+    assert "| esper | 2 | 75.00 | 0.00 | 25.00 ± 0.00 | – | – |" in text
     assert "about it" in text
     page = report.page(table, {"t": "about it"}, "title", "opening", goals)
     assert "gain &amp; &lt;more&gt;" in page

@@ -54,6 +54,12 @@ def test_the_static_arms_have_the_final_shape(rows: dict[str, Row]) -> None:
     assert abs(rows["static-flops"].flops - rows["esper"].flops) <= epoch
 
 
+def test_kernels_are_taught_as_the_arm_says(rows: dict[str, Row]) -> None:
+    ends = {name: rows[name].loss for name in ("esper", "reconstruction", "straight-through", "silent")}
+    assert len(set(ends.values())) == len(ends)
+    assert all(rows[name].kept for name in ends)
+
+
 def test_none_is_plain_training(rows: dict[str, Row]) -> None:
     again = ARMS["none"].run(TASK, SETUP, "none", 3, {})
     assert again is not None

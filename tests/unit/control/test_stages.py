@@ -14,7 +14,7 @@ from torch import nn
 
 from esper_core.blueprint.interface import Layout
 from esper_core.blueprint.ir import BlueprintIR, Node
-from esper_core.control.packet import RampStyle
+from esper_core.control.packet import Budget, RampStyle
 from esper_core.control.roles import LoadedKernel
 from esper_core.control.stages import ramp
 from esper_core.errors import Untrusted
@@ -81,6 +81,18 @@ def real_kernel(run: Run, slot: str = SLOT) -> LoadedKernel:
     source = catalogue_source()
     interface = run.host.slots[slot].interface
     return source.poll(offer(source, interface).kernel_id)
+
+
+@pytest.mark.parametrize(("spare", "state"), [(0, State.TRAINING), (-1, State.CULLED)])
+def test_a_kernel_of_unknown_cost_is_held_to_the_budget_when_it_comes(spare: int, state: State) -> None:
+    """The platform's are ordered by name; what they cost is known when they are here."""
+    bare = Run(seed=1)
+    kernel = real_kernel(bare)
+    budget = Budget(parameters=4 * bare.host.slots[SLOT].unit_parameters + spare)
+    run = given_kernel(kernel, budget=budget, settings=settings(training_epochs=9))
+    run.epoch(0)
+    assert run.events[-1].target is state
+    assert (state is State.CULLED) == ("budget" in run.events[-1].reason)
 
 
 def test_a_kernel_that_never_comes_is_given_up() -> None:
