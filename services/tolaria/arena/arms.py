@@ -50,13 +50,13 @@ def _ungrown(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row:
     return plain(task, setup, arm, seed, model=setup.model())
 
 
-def _esper(task: Task, setup: Setup, arm: str, seed: int, _: Peers, **changes: object) -> Row:
-    settings = GrowthSettings.model_validate({**task.settings.model_dump(), **changes})
+def _esper(task: Task, setup: Setup, arm: str, seed: int, _: Peers, changes: Mapping[str, object] | None = None) -> Row:
+    settings = GrowthSettings.model_validate({**task.settings.model_dump(), **(changes or {})})
     return growing(task, setup, arm, seed, None, host=wrapped(setup), settings=settings)
 
 
 def _taught(**changes: object) -> Callable[[Task, Setup, str, int, Peers], Row]:
-    return functools.partial(_esper, **changes)
+    return functools.partial(_esper, changes=changes)
 
 
 def _static(task: Task, setup: Setup, arm: str, seed: int, peers: Peers, *, equal_flops: bool) -> Row:
