@@ -245,16 +245,17 @@ class Grower:
             self._ledger.snapshots.pop(seed.slot, None)
 
     def _after_cull(self, seed: Seed) -> None:
-        """A graft that failed must not leave the host worse than it found it: the better of then and now, on held-back data.
+        """A graft that failed must not leave the host worse than it found it: the better of then and now, by the probe's loss.
 
-        With other grafts blended the host stays as it is, since they have learnt with it.
+        By the loss that training lowers: the held-back one may rise meanwhile for reasons that are not the graft's. With other
+        grafts blended the host stays as it is, since they have learnt with it.
         """
         snapshot = self._ledger.snapshots.pop(seed.slot, None)
         if snapshot is None or any(other.state in BLENDED for other in self.seeds):
             return
-        now, kept = self.plot.held_back_loss(), self.plot.snapshot()
+        now, kept = self.survey.loss(), self.plot.snapshot()
         self.plot.restore(snapshot)
-        if now <= self.plot.held_back_loss():
+        if now <= self.survey.loss():
             self.plot.restore(kept)
         else:
             self._restored = True

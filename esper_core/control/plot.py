@@ -18,7 +18,7 @@ from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
-from esper_core.nn.probe import Batch, LossFunction, mean_loss, run
+from esper_core.nn.probe import Batch, LossFunction, run
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
 FOLD_ROWS = 256
@@ -137,10 +137,6 @@ class Plot:
         # or the snapshot would train along.
         self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         set_random_state(snapshot["random"])
-
-    def held_back_loss(self) -> float:
-        """Mean loss on the held-back batches, as the host stands."""
-        return mean_loss(self.host, self.validation, self.loss_fn)
 
     def fold(self, slot: Slot) -> float | None:
         """Make the slot's kernel part of the host.
