@@ -16,6 +16,7 @@ from esper_core.blueprint.build import KernelModule, build
 from esper_core.control.roles import LoadedKernel
 from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput
+from esper_core.nn.chance import random_state, set_random_state
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction, run
@@ -197,20 +198,6 @@ class Plot:
 
     def _held_elsewhere(self, slot: Slot) -> frozenset[str]:
         return frozenset().union(*(names for other, names in self.still.items() if other != slot.name))
-
-
-def random_state() -> dict[str, Tensor]:
-    """Torch's global generators: the CPU's, and of every CUDA device once one is in use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    return {"cpu": torch.get_rng_state(), **{str(index): state for index, state in enumerate(cuda)}}
-
-
-def set_random_state(state: Mapping[str, Tensor]) -> None:
-    """Back to ``random_state``."""
-    torch.set_rng_state(state["cpu"])
-    for device, value in state.items():
-        if device != "cpu":
-            torch.cuda.set_rng_state(value, int(device))
 
 
 def doubled(inputs: Any) -> Any:

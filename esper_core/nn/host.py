@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.errors import Conflict, InvalidInput
 from esper_core.nn.between import WidenableNorm
+from esper_core.nn.chance import undisturbed
 from esper_core.nn.graft import Graft
 from esper_core.nn.spans import choose
 from esper_core.nn.trace import Growable, HostGraph, Span, trace
@@ -151,7 +151,7 @@ class Host(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.random.fork_rng(devices=[]):
+            with undisturbed():
                 yield
         finally:
             for module, training in modes:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.blueprint.build import KernelModule
+from esper_core.nn.chance import undisturbed
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction, look, mean_loss
@@ -73,7 +74,7 @@ def teach(kernel: nn.Module, lesson: Lesson, *, steps: int, learning_rate: float
     best, kept = _reconstruction(kernel, entering[held], wanted[held]), copy.deepcopy(kernel.state_dict())
     waited = 0
     kernel.train()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with undisturbed(), torch.enable_grad():
         torch.manual_seed(seed)
         for step in range(1, steps + 1):
             chosen = torch.randint(len(inputs), (min(batch, len(inputs)),), generator=generator).to(inputs.device)

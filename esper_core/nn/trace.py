@@ -23,6 +23,7 @@ from torch import nn
 from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.errors import InvalidInput, Unsupported
 from esper_core.nn.between import Between, Norms, between
+from esper_core.nn.chance import undisturbed
 from esper_core.nn.windows import entering, geometry, unwidenable
 
 Growable = nn.Linear | nn.Conv2d
@@ -76,7 +77,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...]) -> HostGraph:
     """
     _try_out(model, inputs)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), undisturbed():
             exported = torch.export.export(model, inputs, strict=False)
     except (RuntimeError, TypeError, ValueError, AttributeError) as problem:
         raise Unsupported(
@@ -92,7 +93,7 @@ def quietly(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), undisturbed():
             yield
     finally:
         for module, training in modes:

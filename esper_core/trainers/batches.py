@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from esper_core.errors import InvalidInput
+from esper_core.nn.chance import undisturbed
 from esper_core.nn.probe import Batch
 
 GIVE_THEM = "pass probe=[...] and validation=[...], lists of batches, to the callback"
@@ -77,7 +78,7 @@ def _own_chance(seed: int) -> Iterator[None]:
     """Random numbers of one's own inside; PyTorch's, NumPy's and Python's as before afterwards."""
     plain, vectors = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with undisturbed():
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)

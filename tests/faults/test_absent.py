@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other th
 LONG, SHORT = 40, 4
 LEFT = {
     "optimization": {"epochs": LONG},
-    "morphogenetic": {"decision_wait_seconds": 0.5},
+    "morphogenetic": {"decision_wait_seconds": 0.5, "growth": {"evaluate_at_most_every": 2}},
     "services": {"drain_seconds": 60},
 }
 ALONE = {

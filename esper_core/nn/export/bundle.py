@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from esper_core.errors import AlreadyExists, Corrupt, Exhausted, InvalidInput, nearest
+from esper_core.nn.chance import undisturbed
 from esper_core.nn.export.formats import WRITERS, require
 from esper_core.nn.export.plain import on_cpu, plain
 from esper_core.nn.export.program import batch_of, program
@@ -122,7 +123,7 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
 def _outputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """The model's output tensors, flat."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), undisturbed():
             leaves = tree_leaves(model(*inputs))
     except (RuntimeError, TypeError, ValueError, IndexError) as problem:
         words = (str(problem).strip() or type(problem).__name__).splitlines()[0]

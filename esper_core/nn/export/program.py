@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from esper_core.errors import InvalidInput, Unsupported
+from esper_core.nn.chance import undisturbed
 
 _TALKATIVE = ("torch.onnx._internal.exporter._registration", "onnx_ir", "onnxscript")
 _TELLTALE = ("stack_trace", "from_node", "source_fn_stack")
@@ -63,7 +64,7 @@ def program(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         inputs = tuple(torch.cat([value, value]) for value in inputs)
     batch = Dim("batch", min=1)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), quietly():
+        with torch.no_grad(), undisturbed(), quietly():
             exported = torch.export.export(model, inputs, dynamic_shapes=_shapes(model, inputs, batch), strict=False)
             if any(_mutates(node) for node in exported.graph.nodes):
                 exported = exported.run_decompositions({})

@@ -66,6 +66,7 @@ def test_a_part_is_traced_where_the_whole_cannot_be() -> None:
 
 
 def test_such_a_host_is_measured_and_copied() -> None:
+    torch.manual_seed(0)  # a layer without a living unit wants nothing
     host = host_of(Loud(), DATA, by_name, within="trunk")
     found = score(host, [(DATA, torch.arange(8) % 3)], LOSS)
     assert {score.span for score in found} == {
