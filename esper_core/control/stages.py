@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from esper_core.control.boundary import Boundary
 from esper_core.control.packet import RampStyle, SeedEvent
 from esper_core.control.seed import Seed
+from esper_core.control.settings import GrowthSettings
 from esper_core.errors import EsperError
 from esper_core.ids import sha256
 from esper_core.lifecycle import State
@@ -71,12 +72,20 @@ def training(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
     if not finite or not learnt >= settings.min_reconstruction:  # what is not a number is not enough
         if finite and seed.lessons < settings.training_patience:
             return None
-        reason = f"reconstructs {learnt:.3f} of the wanted update after {seed.lessons} lessons: not enough"
+        reason = f"{_learnt(settings, learnt)} after {seed.lessons} lessons: not enough"
         return seed.advance(State.CULLED, now.epoch, reason, measurements=_finite(measured))
     alpha = _begin_graft(seed, slot, now)
     facts = {"isolated": True, "reconstructs": True, "finite": True, "trained_long_enough": True}
-    reason = f"reconstructs {learnt:.3f} of the wanted update"
+    reason = _learnt(settings, learnt)
     return seed.advance(State.GRAFTING, now.epoch, reason, facts=facts, measurements=_finite(measured), alpha=alpha)
+
+
+def _learnt(settings: GrowthSettings, share: float) -> str:
+    if share == 0:
+        return "learnt nothing that carries over; it is as silent as it came"
+    if settings.training_objective == "reconstruction":
+        return f"reconstructs {share:.3f} of the wanted update"
+    return f"takes {share:.1%} off the held-back loss"
 
 
 def _learn(seed: Seed, slot: Slot, now: Boundary) -> dict[str, float]:
