@@ -112,7 +112,7 @@ def morphology(host: Host) -> dict[str, list[int]]:
     The weight's shape of a layer, the number of channels of a norm.
     """
     return {
-        path: _extent(cast(Widenable, host.model.get_submodule(path)))
+        path: extent(cast(Widenable, host.model.get_submodule(path)))
         for slot in host.slots.values()
         if slot.layers is not None
         for path in (slot.source_path, slot.norm_path, slot.sink_path)
@@ -128,7 +128,7 @@ def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping
     """
     for path, shape in shapes.items():
         module = cast(Widenable, host.model.get_submodule(path))
-        present = _extent(module)
+        present = extent(module)
         if present == list(shape):
             continue
         if len(present) != len(shape) or present[2:] != list(shape[2:]):
@@ -206,7 +206,8 @@ def _statistics(norm: WidenableNorm) -> list[str]:
     return [name for name, buffer in norm.named_buffers(recurse=False) if buffer.ndim == 1]
 
 
-def _extent(module: Widenable) -> list[int]:
+def extent(module: Widenable) -> list[int]:
+    """A layer's weight shape, a norm's number of channels."""
     return [module.num_features] if isinstance(module, WidenableNorm) else list(module.weight.shape)
 
 

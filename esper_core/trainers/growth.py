@@ -27,8 +27,8 @@ from esper_core.lifecycle import State
 from esper_core.log import get
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction
-from esper_core.nn.trace import Growable, HostGraph
-from esper_core.nn.widen import morphology, reshape
+from esper_core.nn.trace import HostGraph
+from esper_core.nn.widen import Widenable, extent, morphology, reshape
 from esper_core.trainers.batches import collect, moved
 from esper_core.trainers.calling import Call, host_of
 
@@ -306,23 +306,26 @@ class Growth:
 def conform(
     model: nn.Module, state: Mapping[str, Any], prefix: str = "", optimizer: Optimizer | None = None
 ) -> dict[str, list[int]]:
-    """Give linear and convolutional layers the widths that a grown network's weights have; the values are to be loaded afterwards.
+    """Give layers and batch norms the widths that a grown network's weights have; the values are to be loaded afterwards.
 
     Args:
         state: a ``state_dict`` with names from ``prefix`` on.
         optimizer: where replaced parameters are replaced too.
 
     Returns:
-        Weight shapes that the changed layers had, by path.
+        Extents that the changed modules had, by path.
 
     Raises:
         Corrupt: when a layer differs in more than its widths.
     """
     had, wanted = {}, {}
     for path, module in model.named_modules():
-        weight = state.get(f"{prefix}{path}.weight") if isinstance(module, Growable) else None
-        if isinstance(weight, Tensor) and weight.shape != module.weight.shape:
-            had[path], wanted[path] = list(module.weight.shape), list(weight.shape)
+        if not isinstance(module, Widenable):
+            continue
+        held = (state.get(f"{prefix}{path}.{name}") for name in ("weight", "running_mean"))
+        shape = next((list(value.shape) for value in held if isinstance(value, Tensor)), None)
+        if shape is not None and shape != extent(module):
+            had[path], wanted[path] = extent(module), shape
     reshape(Host(model, HostGraph((), (), ()), ()), optimizer, wanted)
     return had
 

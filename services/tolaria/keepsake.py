@@ -181,6 +181,7 @@ def _read(path: Path, digest: str) -> dict[str, Tensor]:
 _WIDTHS = {
     nn.Linear: ("out_features", "in_features"),
     nn.Conv2d: ("out_channels", "in_channels"),
+    nn.BatchNorm1d: ("num_features",),
     nn.BatchNorm2d: ("num_features",),
 }
 """The names under which a layer remembers the first sizes of its weight."""

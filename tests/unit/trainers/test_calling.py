@@ -112,6 +112,17 @@ def test_a_network_takes_grown_widths_and_nothing_else() -> None:
         conform(nn.Sequential(nn.Conv2d(1, 2, 3)), nn.Sequential(nn.Conv2d(1, 2, 5)).state_dict())
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_takes_grown_widths_too(affine: bool) -> None:
+    def network(units: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, units), nn.BatchNorm1d(units, affine=affine), nn.ReLU(), nn.Linear(units, 3))
+
+    narrow, wide = network(6), network(9)
+    assert conform(narrow, wide.state_dict()) == {"0": [6, 4], "1": [6], "3": [3, 6]}
+    narrow.load_state_dict(wide.state_dict())
+    assert torch.equal(narrow.eval()(DATA[0]), wide.eval()(DATA[0]))
+
+
 def test_an_unknown_option_is_refused() -> None:
     wrong: Any = {"budgets": None}
     with pytest.raises(InvalidInput, match="no option budgets") as caught:
