@@ -135,10 +135,10 @@ def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping
             raise Corrupt(
                 f"{path} has weight {present}, the checkpoint {list(shape)}", hint="it belongs to another host"
             )
-        for name, extent in (("weight", shape), ("bias", shape[:1])):
+        for name, size in (("weight", shape), ("bias", shape[:1])):
             old = getattr(module, name)
-            if old is not None and list(old.shape) != list(extent):
-                _swap(optimizer, module, name, old.new_empty(extent))
+            if old is not None and list(old.shape) != list(size):
+                _swap(optimizer, module, name, old.new_empty(size))
                 if optimizer is not None:
                     optimizer.state.pop(old, None)
         if isinstance(module, WidenableNorm):
