@@ -25,6 +25,9 @@ from esper_core.control.settings import HeuristicSettings
 from esper_core.ids import new_id, sha256
 from esper_core.lifecycle import IN_FLIGHT, State
 
+ALIKE = 0.8
+"""Share of the best slot's worth from which another counts as equally good."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -79,10 +82,13 @@ class HeuristicPolicy:
             ranked, abstentions = self._rank(packet.epoch, open_slots)
         choices: list[Choice] = []
         left = packet.budget.parameters
+        alike = _alike([slot for slot, _ in ranked[:room]])
         for slot, reasons in ranked:
             if len(choices) == room:
                 break
-            choice = self._kernel(slot, reasons, left)
+            # Where several places are about equally good, a part for each beats all for one.
+            most = left if left is None or len(choices) >= alike else left // (alike - len(choices))
+            choice = self._kernel(slot, reasons, most)
             if isinstance(choice, Reason):
                 abstentions.append(choice)
                 continue
@@ -205,6 +211,12 @@ def _cost(slot: SlotState, offer: KernelCandidate) -> int:
 
 def _worth(signal: GrowthSignal) -> float:
     return signal.gain_relative * signal.share / max(signal.unit_parameters, 1)
+
+
+def _alike(slots: list[SlotState]) -> int:
+    """How many of the best-first slots are worth nearly as much as the best; 1 where nothing is measured."""
+    worths = [_worth(slot.evidence[-1]) if slot.evidence else 0.0 for slot in slots]
+    return max(1, sum(worth > 0 and worth >= ALIKE * worths[0] for worth in worths))
 
 
 def _confidence(slot: SlotState) -> float:

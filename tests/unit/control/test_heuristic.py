@@ -87,6 +87,23 @@ def test_a_slot_in_need_grows_and_the_reasons_are_told() -> None:
     assert action.confidence == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(
+    ("second", "widths"),
+    [(0.5, [2, 2]), (0.41, [2, 2]), (0.39, [4])],
+    ids=["equal", "nearly", "less good"],
+)
+def test_places_that_are_about_as_good_share_the_budget(second: float, widths: list[int]) -> None:
+    needy = signal(spectrum=(1.0, 1.0, 1.0, 1.0), gain_relative=0.5)
+    other = needy.model_copy(update={"gain_relative": second})
+    found = decide(
+        slot("a:b", evidence=(needy, needy)),
+        slot("c:d", evidence=(other, other)),
+        budget=Budget(parameters=4 * UNIT),
+        in_flight=2,
+    )
+    assert [int(action.command.kernel_id.rpartition("-")[2]) for action in found.actions] == widths
+
+
 @pytest.mark.parametrize(("health", "acts"), [(0.29, True), (0.3, False), (0.9, False)])
 def test_the_health_threshold(health: float, acts: bool) -> None:
     found = decide(slot(health=health))
