@@ -220,8 +220,8 @@ def test_two_actions_share_the_budget() -> None:
         slot("a:b", evidence=needy), slot("c:d", evidence=needy), budget=Budget(parameters=5 * UNIT), in_flight=2
     )
     assert [action.command.kernel_id for action in found.actions] == [
-        "kernel-bottleneck_mlp-4",
-        "kernel-bottleneck_mlp-1",
+        "kernel-bottleneck_mlp-2",
+        "kernel-bottleneck_mlp-2",
     ]
 
 
