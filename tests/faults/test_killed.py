@@ -45,7 +45,7 @@ T = TypeVar("T")
 VICTIMS = ("nats", "postgres", "s3", "services")
 EXTRA = 1  # further kills of any of them
 PAUSE = 0.05, 0.8  # seconds between kills
-EPOCHS = 60
+EPOCHS = 180
 SETTINGS = {
     "optimization": {"epochs": EPOCHS},
     "morphogenetic": {"decision_wait_seconds": 0.5, "growth": {"policy": {"in_flight": 3}}},
