@@ -21,6 +21,7 @@ class Slot:
     """A place for one kernel at a time.
 
     Attributes:
+        span: what tracing found there.
         name: ``<source path>:<sink path>``.
         source, sink: the spanned modules themselves.
         norm: the batch norm between them that is widened with them, or None.
@@ -29,6 +30,7 @@ class Slot:
     """
 
     def __init__(self, span: Span, model: nn.Module) -> None:
+        self.span = span
         self.name = span.name
         self.source_path, self.sink_path = span.source, span.sink
         self.source = model.get_submodule(span.source)
@@ -36,7 +38,6 @@ class Slot:
         self.norm_path, self.obstacle = span.norm, span.obstacle
         self.norm = cast(WidenableNorm, model.get_submodule(span.norm)) if span.norm else None
         self.graft: Graft | None = None
-        self._interface = span.interface
         self._around = tuple(
             {id(part): part for path in (span.source, span.sink) for part in _around(model, path)}.values()
         )
@@ -46,7 +47,7 @@ class Slot:
         """What a kernel meets here; the widths follow the host as it grows, here or next door."""
         ends = self.layers
         if ends is None:
-            return self._interface
+            return self.span.interface
         source, sink = ends
         groups = source.groups if isinstance(source, nn.Conv2d) else 1
         widths = {
@@ -54,7 +55,7 @@ class Slot:
             "hidden_width": source.weight.shape[0],
             "out_width": sink.weight.shape[0],
         }
-        return self._interface.model_copy(update=widths)
+        return self.span.interface.model_copy(update=widths)
 
     @property
     def layers(self) -> tuple[Growable, Growable] | None:
@@ -67,7 +68,7 @@ class Slot:
     def unit_parameters(self) -> int:
         """Parameters that one more unit over the span would cost: a row, its bias, the norm's two, and a column."""
         if self.layers is None:
-            return self._interface.in_width + 1 + self._interface.out_width
+            return self.span.interface.in_width + 1 + self.span.interface.out_width
         source, sink = self.layers
         beside = [source.bias, *(self.norm.parameters() if self.norm is not None else ())]
         own = sum(parameter is not None for parameter in beside)

@@ -56,12 +56,14 @@ def host_of(
     prefix = f"{within}." if within else ""
 
     def renamed(path: str) -> str:
-        return prefix + path.removeprefix("model.")
+        return prefix + path.removeprefix("model.") if path else ""
 
-    chosen = [Span(renamed(slot.source_path), renamed(slot.sink_path), slot.interface) for slot in found.slots.values()]
-    known = tuple(replace(span, source=renamed(span.source), sink=renamed(span.sink)) for span in found.graph.spans)
-    graph = HostGraph(tuple(renamed(path) for path in found.graph.modules), found.graph.edges, known)
-    return CalledHost(model, graph, chosen, call)
+    def moved(span: Span) -> Span:
+        return replace(span, source=renamed(span.source), sink=renamed(span.sink), norm=renamed(span.norm))
+
+    modules = tuple(renamed(path) for path in found.graph.modules)
+    graph = HostGraph(modules, found.graph.edges, tuple(moved(span) for span in found.graph.spans))
+    return CalledHost(model, graph, [moved(slot.span) for slot in found.slots.values()], call)
 
 
 class _Called(nn.Module):

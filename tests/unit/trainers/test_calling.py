@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,17 @@ def test_spans_are_named_from_the_network() -> None:
 def test_the_part_must_exist_and_run(within: str, words: str) -> None:
     with pytest.raises(InvalidInput, match=words):
         host_of(Loud(), DATA, by_name, within)
+
+
+def test_places_across_a_norm_are_widened_with_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    whole = nn.Sequential(OrderedDict(body=model))
+    for within in ("", "body"):
+        host = host_of(whole, DATA[0], plainly, within)
+        slot = host.slots["body.0:body.3"]
+        assert (slot.norm_path, slot.norm, slot.obstacle) == ("body.1", model[1], "")
+    blocked = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 3))
+    assert "LayerNorm" in host_of(blocked, DATA[0], plainly).slots["0:3"].obstacle
 
 
 def test_an_optimizer_must_train_the_places() -> None:
