@@ -125,9 +125,8 @@ class Grower:
         for seed in list(self._ledger.seeds.values()):
             events += self._advance(seed, now)
         moved = time.perf_counter()
-        if self._may_decide() and self.survey.due(epoch):
+        if self._graft_free() and self.survey.due(epoch):  # otherwise nothing could come of it
             self.survey.measure(epoch)
-            self.survey.plan(epoch)
         measured = time.perf_counter()
         signal = None
         if self.survey.fresh(epoch):
@@ -273,10 +272,9 @@ class Grower:
     def _keep_snapshot(self, seed: Seed) -> None:
         self._ledger.snapshots[seed.slot] = self.plot.snapshot()
 
-    def _may_decide(self) -> bool:
-        """Whether a measurement could change anything: not while all grafts that may be in flight are."""
-        busy = sum(seed.state in IN_FLIGHT for seed in self.seeds)
-        return busy < self.settings.policy.in_flight
+    def _graft_free(self) -> bool:
+        """Whether another graft may be under way."""
+        return sum(seed.state in IN_FLIGHT for seed in self.seeds) < self.settings.policy.in_flight
 
     def _left(self) -> Budget:
         limit = self.budget.parameters
@@ -326,7 +324,6 @@ class Grower:
         return self._germinate(seed, command, epoch)
 
     def _germinate(self, seed: Seed, command: Command, epoch: int) -> SeedEvent:
-        busy = sum(other.state in IN_FLIGHT for other in self._ledger.seeds.values())
         slot = self.plot.host.slots[seed.slot]
         offers = {offer.kernel_id: offer for offer in self.source.candidates(slot.interface)}
         offer = offers.get(command.kernel_id)
@@ -337,7 +334,7 @@ class Grower:
             "kernel_fits": not offers or offer is not None,
             "not_embargoed": epoch >= seed.embargo_until,
             "within_budget": left is None or offer is None or offer.cost(slot.unit_parameters) <= left,
-            "graft_free": busy < self.settings.policy.in_flight,
+            "graft_free": self._graft_free(),
         }
         check(seed.state, State.GERMINATED, facts)
         seed.kernel_id, seed.style = command.kernel_id, command.style

@@ -96,6 +96,11 @@ class HealthSignal(Noun):
     signal: GrowthSignal | None = None
 
 
+def lasting_parameters(units: int, parameters: int, unit_parameters: int) -> int:
+    """What a kernel of ``parameters`` adds to the host in the end: a widening leaves its units, whatever it was made of."""
+    return units * unit_parameters if units and unit_parameters else parameters
+
+
 class KernelCandidate(Noun):
     """A kernel that could be put into a slot."""
 
@@ -109,8 +114,8 @@ class KernelCandidate(Noun):
     forward_seconds: float = Field(default=0.0, ge=0)
 
     def cost(self, unit_parameters: int) -> int:
-        """Parameters that the host will have more of in the end: a widening leaves its units, whatever it was made of."""
-        return self.width * unit_parameters if self.foldable and unit_parameters else self.parameters
+        """Parameters that the host will have more of in the end."""
+        return lasting_parameters(self.width if self.foldable else 0, self.parameters, unit_parameters)
 
 
 class SlotState(Noun):

@@ -19,7 +19,7 @@ from esper_core.errors import InvalidInput
 from esper_core.nn.chance import random_state, set_random_state
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
-from esper_core.nn.probe import Batch, LossFunction, run
+from esper_core.nn.probe import Batch, LossFunction, each_tensor, run
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
 FOLD_ROWS = 256
@@ -128,7 +128,7 @@ class Plot:
 
     def restore(self, snapshot: Mapping[str, Any]) -> None:
         """Back to a snapshot. Kernels that are blended now keep theirs, and the schedule its present figures."""
-        reshape(self.host, self.optimizer, snapshot["shapes"])
+        reshape(self.host.model, self.optimizer, snapshot["shapes"])
         self.host.load_state_dict(snapshot["host"])
         for name, parameter in self._trained():
             self.optimizer.state.pop(parameter, None)
@@ -159,7 +159,7 @@ class Plot:
             if slot.graft is not None:
                 slot.graft.double()
         with twin.evaluating():
-            return [run(twin, doubled(inputs)) for inputs, _ in self._some_held_back()]
+            return [run(twin, each_tensor(inputs, _doubled)) for inputs, _ in self._some_held_back()]
 
     def _some_held_back(self) -> list[Batch]:
         """Held-back batches of ``FOLD_ROWS`` rows or a little more."""
@@ -200,8 +200,6 @@ class Plot:
         return frozenset().union(*(names for other, names in self.still.items() if other != slot.name))
 
 
-def doubled(inputs: Any) -> Any:
-    """Floating tensors as float64, anything else as it is."""
-    if isinstance(inputs, tuple):
-        return tuple(doubled(value) for value in inputs)
-    return inputs.double() if isinstance(inputs, Tensor) and inputs.is_floating_point() else inputs
+def _doubled(value: Tensor) -> Tensor:
+    """Floating tensors as float64, others as they are."""
+    return value.double() if value.is_floating_point() else value

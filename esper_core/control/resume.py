@@ -60,7 +60,7 @@ def load(state: Mapping[str, Any], plot: Plot, ledger: Ledger, survey: Survey, g
         raise Corrupt(f"growing state has version {state.get('version')}, this build reads {VERSION}")
     if set(state["seeds"]) != set(plot.host.slots):
         raise Corrupt("the saved slots are not those of this host", hint="resume with the same model and spans")
-    reshape(plot.host, plot.optimizer, state["plot"]["shapes"])
+    reshape(plot.host.model, plot.optimizer, state["plot"]["shapes"])
     plot.still.clear()
     for name, saved in state["grafts"].items():
         _load_graft(plot, name, saved)

@@ -12,10 +12,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.blueprint.ir import BlueprintIR
-from esper_core.blueprint.widening import units
-from esper_core.control.packet import AdaptationSignal, KernelCandidate, SystemStatePacket
+from esper_core.blueprint.widening import widening
+from esper_core.control.packet import AdaptationSignal, KernelCandidate, SystemStatePacket, lasting_parameters
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,14 @@ class LoadedKernel:
     weights: Mapping[str, Tensor]
 
     def cost(self, unit_parameters: int) -> int:
-        """Parameters that the host will have more of in the end: a widening leaves its units, whatever it was made of."""
-        width = units(self.blueprint, self.interface, self.symbols)
-        return width * unit_parameters if width and unit_parameters else sum(w.numel() for w in self.weights.values())
+        """Parameters that the host will have more of in the end.
+
+        Raises:
+            InvalidInput: when the blueprint does not fit the interface.
+        """
+        analysis = analyse(self.blueprint, self.interface, self.symbols)
+        found = widening(self.interface, self.blueprint.output, analysis)
+        return lasting_parameters(found.units if found else 0, analysis.parameters, unit_parameters)
 
 
 class Controller(Protocol):

@@ -93,40 +93,25 @@ def _learn(seed: Seed, slot: Slot, now: Boundary) -> dict[str, float]:
     plot, settings = now.plot, now.plot.settings
     assert slot.graft is not None  # noqa: S101
     drawn = _seed_of(plot.seed, f"{seed.slot}/{seed.generation}", now.epoch)
-    if settings.training_objective == "task":
+    steps, rate = settings.training_steps, settings.training_learning_rate
+    if settings.training_objective != "reconstruction":
+        straight = settings.training_objective == "straight-through"
         gained = rehearse(
             plot.host,
             slot.graft,
             plot.probe,
             plot.loss_fn,
-            steps=settings.training_steps,
-            learning_rate=settings.training_learning_rate,
+            steps=steps,
+            learning_rate=rate,
             seed=drawn,
+            straight_through=straight,
         )
+        if straight and not math.isnan(gained):
+            gained = _scaled(slot, now, prepare(plot.host, slot, plot.probe, plot.loss_fn))
         return {"reconstruction": gained, "probe_gain": gained}
     lesson = prepare(plot.host, slot, plot.probe, plot.loss_fn)
-    kernel = plot.kernel(slot)
-    if settings.training_objective == "straight-through":
-        learnt = rehearse(
-            plot.host,
-            slot.graft,
-            plot.probe,
-            plot.loss_fn,
-            steps=settings.training_steps,
-            learning_rate=settings.training_learning_rate,
-            seed=drawn,
-            straight_through=True,
-        )
-        gained = math.nan if math.isnan(learnt) else _scaled(slot, now, lesson)
-        return {"reconstruction": gained, "probe_gain": gained}
-    reconstruction = teach(
-        kernel,
-        lesson,
-        steps=settings.training_steps,
-        learning_rate=settings.training_learning_rate,
-        batch=settings.training_batch,
-        seed=drawn,
-    )
+    kernel, batch = plot.kernel(slot), settings.training_batch
+    reconstruction = teach(kernel, lesson, steps=steps, learning_rate=rate, batch=batch, seed=drawn)
     last = seed.lessons + 1 >= settings.training_epochs and reconstruction >= settings.min_reconstruction
     return {"reconstruction": reconstruction, "probe_gain": _scaled(slot, now, lesson) if last else 0.0}
 

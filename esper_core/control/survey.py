@@ -98,13 +98,14 @@ class Survey:
         return mean_loss(self.plot.host, self.plot.probe, self.plot.loss_fn)
 
     def measure(self, epoch: int) -> None:
-        """Take evidence and vital signs of every slot from one pass over the probe."""
+        """Take evidence and vital signs of every slot from one pass over the probe, and settle when to measure next."""
         plot = self.plot
         slots = plot.host.slots.values()
         self._readings = measure(plot.host, slots, plot.probe, plot.loss_fn, self.thresholds, self.first_loss)
         self._epoch = epoch
         for name, reading in self._readings.items():
             self.evidence[name].append(GrowthSignal(**asdict(reading.evidence)))
+        self._plan(epoch)
 
     def begin(self, loss: float) -> None:
         """Take the run's first loss as the measure of gains; later ones change nothing."""
@@ -115,7 +116,7 @@ class Survey:
         """Whether slots are to be measured at this boundary: after the warm-up, and the less often the longer all are healthy."""
         return epoch + 1 >= self.plot.settings.warmup_epochs and epoch >= self._due
 
-    def plan(self, epoch: int) -> None:
+    def _plan(self, epoch: int) -> None:
         """Settle, from what was just measured, when to measure next."""
         settings = self.plot.settings
         healths = [health_of(reading.evidence, self.thresholds) for reading in self._readings.values()]

@@ -8,16 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
 
 import torch
 from scipy.special import stdtrit
-from torch import Tensor
 
 from esper_core.errors import InvalidInput
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host
-from esper_core.nn.probe import Batch, LossFunction, run
+from esper_core.nn.probe import Batch, LossFunction, each_tensor, run
 
 CHUNKS = 16
 """Paired differences at least, where the data allow; the bound rests on their spread."""
@@ -79,10 +78,4 @@ def _chunks(batches: Sequence[Batch]) -> Iterator[Batch]:
     for inputs, targets in batches:
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
-            yield _cut(inputs, part), targets[part]
-
-
-def _cut(inputs: Any, part: slice) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[part]
-    return tuple(value[part] if isinstance(value, Tensor) else value for value in inputs)
+            yield each_tensor(inputs, itemgetter(part)), targets[part]

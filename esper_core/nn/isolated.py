@@ -6,7 +6,6 @@ its outputs, gradients and random state are those of a run without seeds, bit fo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,10 @@ from esper_core.blueprint.build import KernelModule
 from esper_core.nn.chance import undisturbed
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
+from esper_core.nn.keeping import CHECK_EVERY, Best
 from esper_core.nn.probe import Batch, LossFunction, look, mean_loss
-from esper_core.nn.rehearsal import CHECK_EVERY, PATIENCE
 from esper_core.nn.rows import inner_rows, leaving_map, leaving_rows
-from esper_core.nn.signals import RIDGE
+from esper_core.nn.signals import damped_root
 
 AMPLITUDES = tuple(2.0**power for power in range(-3, 9))
 """Step lengths along the learnt direction that are tried before grafting, in units of the target's own scale."""
@@ -47,16 +46,12 @@ def prepare(host: Host, slot: Slot, batches: Iterable[Batch], loss_fn: LossFunct
     interface = slot.interface
     inner = torch.cat([inner_rows(sight.inner, interface) for sight in sights]).double()
     descent = torch.cat([leaving_rows(sight.descent, interface) for sight in sights]).double()
-    moment = inner.T @ inner
-    ridge = RIDGE * float(moment.trace()) / len(moment)
-    damped = moment + (ridge or RIDGE) * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    residual = descent - inner @ torch.linalg.solve(damped, inner.T @ descent)
+    residual: Tensor = descent - inner @ torch.cholesky_solve(inner.T @ descent, damped_root(inner.T @ inner))
     scale = float(residual.square().mean().sqrt())
     rows = (residual / scale if scale > 0 else residual).to(sights[0].descent.dtype)
     counts = [len(leaving_rows(sight.descent, interface)) for sight in sights]
-    wanted = [
-        leaving_map(part, sight.descent, interface) for part, sight in zip(rows.split(counts), sights, strict=True)
-    ]
+    parts = rows.split(counts)  # type: ignore[no-untyped-call]
+    wanted = [leaving_map(part, sight.descent, interface) for part, sight in zip(parts, sights, strict=True)]
     return Lesson([sight.entering for sight in sights], wanted, scale)
 
 
@@ -71,8 +66,7 @@ def teach(kernel: nn.Module, lesson: Lesson, *, steps: int, learning_rate: float
     inputs, targets = entering[~held], wanted[~held]
     optimizer = torch.optim.Adam(kernel.parameters(), lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
-    best, kept = _reconstruction(kernel, entering[held], wanted[held]), copy.deepcopy(kernel.state_dict())
-    waited = 0
+    best = Best(kernel, _reconstruction(kernel, entering[held], wanted[held]))
     kernel.train()
     with undisturbed(), torch.enable_grad():
         torch.manual_seed(seed)
@@ -82,15 +76,11 @@ def teach(kernel: nn.Module, lesson: Lesson, *, steps: int, learning_rate: float
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            if step % CHECK_EVERY == 0 or step == steps:
-                found, waited = _reconstruction(kernel, entering[held], wanted[held]), waited + 1
-                if not found <= best:  # a NaN is kept as well: the gate must see it
-                    best, kept, waited = found, copy.deepcopy(kernel.state_dict()), 0
-                if waited == PATIENCE:
-                    break
+            due = step % CHECK_EVERY == 0 or step == steps
+            if due and not best.look(_reconstruction(kernel, entering[held], wanted[held])):
+                break
     optimizer.zero_grad()
-    kernel.load_state_dict(kept)
-    return best
+    return best.restore()
 
 
 @torch.no_grad()

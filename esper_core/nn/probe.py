@@ -39,6 +39,13 @@ def run(host: Host, inputs: Any) -> Any:
     return host(*inputs) if isinstance(inputs, tuple) else host(inputs)
 
 
+def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A batch's inputs with every tensor in them changed: a tensor, or tuples of tensors and of other things, which stay."""
+    if isinstance(inputs, tuple):
+        return tuple(each_tensor(value, change) for value in inputs)
+    return change(inputs) if isinstance(inputs, Tensor) else inputs
+
+
 @torch.no_grad()
 def mean_loss(host: Host, batches: Iterable[Batch], loss_fn: LossFunction) -> float:
     """Mean loss over the samples of one batch or more, in evaluation mode."""

@@ -10,7 +10,6 @@ Only the kernel's parameters receive gradients; the host's outputs in training, 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,12 +21,8 @@ from torch import Tensor, nn
 from esper_core.errors import InvalidInput
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host
-from esper_core.nn.probe import Batch, LossFunction, mean_loss, run
-
-PATIENCE = 3
-"""Looks at the held-back samples without an improvement after which rehearsing ends."""
-CHECK_EVERY = 20
-"""Steps between looks at the held-back samples."""
+from esper_core.nn.keeping import CHECK_EVERY, Best
+from esper_core.nn.probe import Batch, LossFunction, each_tensor, mean_loss, run
 
 
 def parted(batches: Sequence[Batch]) -> tuple[list[Batch], list[Batch]]:
@@ -81,9 +76,8 @@ def rehearse(
     parameters = list(kernel.parameters())
     optimizer = torch.optim.Adam(parameters, lr=learning_rate)
     with _blended(graft):
-        best = _look(host, graft, held, loss_fn)
-        kept, waited = copy.deepcopy(kernel.state_dict()), 0
-        for step in range(1, steps + 1 if math.isfinite(best) else 1):
+        best = Best(kernel, -_look(host, graft, held, loss_fn))
+        for step in range(1, steps + 1 if math.isfinite(best.figure) else 1):
             inputs, targets = learn[int(torch.randint(len(learn), (1,), generator=dice))]
             with host.evaluating(), torch.enable_grad(), _through(graft, straight_through):
                 torch.manual_seed(seed + step)
@@ -91,15 +85,12 @@ def rehearse(
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             optimizer.step()
-            if step % CHECK_EVERY == 0 or step == steps:
-                found, waited = _look(host, graft, held, loss_fn), waited + 1
-                if not found >= best:  # a NaN is kept as well: the gate must see it
-                    best, kept, waited = found, copy.deepcopy(kernel.state_dict()), 0
-                if waited == PATIENCE or found != found:
-                    break
+            due = step % CHECK_EVERY == 0 or step == steps
+            if due and not best.look(-_look(host, graft, held, loss_fn)):
+                break
     optimizer.zero_grad()
-    kernel.load_state_dict(kept)
-    return (before - best) / abs(before) if before else before - best
+    gained = before + best.restore()
+    return gained / abs(before) if before else gained
 
 
 @contextmanager
@@ -143,7 +134,4 @@ def _through(graft: Graft, straight: bool) -> Iterator[None]:
 
 def _taken(inputs: Any, chosen: Tensor) -> Any:
     """The chosen samples; what has no row per sample, a mask of all positions say, as it is."""
-    if isinstance(inputs, tuple):
-        return tuple(_taken(value, chosen) for value in inputs)
-    rows = isinstance(inputs, Tensor) and inputs.ndim > 0 and len(inputs) == len(chosen)
-    return inputs[chosen] if rows else inputs
+    return each_tensor(inputs, lambda value: value[chosen] if value.ndim and len(value) == len(chosen) else value)

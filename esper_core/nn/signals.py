@@ -46,6 +46,10 @@ class Thresholds:
     share: float = 0.5
     gain_of_loss: float = 0.005
 
+    def need(self, share: float, gain_of_loss: float) -> float:
+        """How far both are passed: 1 = just both, 0 = no sign at all."""
+        return min(share / self.share, gain_of_loss / self.gain_of_loss)
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -62,8 +66,8 @@ class Evidence:
     unit_parameters: int
 
     def need(self, thresholds: Thresholds) -> float:
-        """How far both thresholds are passed: 1 = just both, 0 = no sign at all."""
-        return min(self.share / thresholds.share, self.gain_of_loss / thresholds.gain_of_loss)
+        """How far both thresholds are passed."""
+        return thresholds.need(self.share, self.gain_of_loss)
 
 
 @dataclass
@@ -230,7 +234,7 @@ def _evidence(sums: Sums, positions: float, loss: float, unit_parameters: int) -
     A unit acts at every position of a sample, so what it gains per sample is its gain per row times the positions.
     """
     n = sums.rows
-    root = _root(sums.ii)
+    root = damped_root(sums.ii)
     weights = torch.cholesky_solve(sums.ig, root)  # (k, m): the best change of the sink's own weights
     residual = (sums.hg - sums.hi @ weights) / n  # N, (d, m)
     whitened = _whitened(sums.hh / n, residual)
@@ -251,7 +255,7 @@ def _evidence(sums: Sums, positions: float, loss: float, unit_parameters: int) -
     return found, whitened
 
 
-def _root(moment: Tensor) -> Tensor:
+def damped_root(moment: Tensor) -> Tensor:
     """Lower Cholesky factor of a symmetric positive semidefinite matrix, damped by ε."""
     ridge = RIDGE * float(torch.trace(moment)) / len(moment) or RIDGE
     while True:
@@ -266,7 +270,7 @@ def _root(moment: Tensor) -> Tensor:
 
 def _whitened(moment: Tensor, matrix: Tensor) -> Tensor:
     """``moment`` to the power -½ times ``matrix``, up to a rotation; what has no energy in ``moment`` must have none in ``matrix``."""
-    whitened: Tensor = torch.linalg.solve_triangular(_root(moment), matrix, upper=False)
+    whitened: Tensor = torch.linalg.solve_triangular(damped_root(moment), matrix, upper=False)
     return whitened
 
 

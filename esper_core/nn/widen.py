@@ -120,14 +120,14 @@ def morphology(host: Host) -> dict[str, list[int]]:
     }
 
 
-def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping[str, list[int]]) -> None:
-    """Give a host the shapes of another; the values, and what an optimiser remembers of them, are to be loaded afterwards.
+def reshape(model: nn.Module, optimizer: torch.optim.Optimizer | None, shapes: Mapping[str, list[int]]) -> None:
+    """Give a network the shapes of another; the values, and what an optimiser remembers of them, are to be loaded afterwards.
 
     Raises:
-        Corrupt: when the shapes are not those of a widening of this host.
+        Corrupt: when the shapes are not those of a widening of this network.
     """
     for path, shape in shapes.items():
-        module = cast(Widenable, host.model.get_submodule(path))
+        module = cast(Widenable, model.get_submodule(path))
         present = extent(module)
         if present == list(shape):
             continue
@@ -147,6 +147,34 @@ def reshape(host: Host, optimizer: torch.optim.Optimizer | None, shapes: Mapping
             module.num_features = shape[0]
         else:
             _set_widths(module)
+
+
+def conform(
+    model: nn.Module, state: Mapping[str, Any], prefix: str = "", optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, list[int]]:
+    """Give layers and batch norms the widths that a grown network's weights have; the values are to be loaded afterwards.
+
+    Args:
+        state: a ``state_dict`` with names from ``prefix`` on.
+        optimizer: where replaced parameters are replaced too.
+
+    Returns:
+        Extents that the changed modules had, by path.
+
+    Raises:
+        Corrupt: when a layer differs in more than its widths.
+    """
+    had: dict[str, list[int]] = {}
+    wanted: dict[str, list[int]] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, Widenable):
+            continue
+        held = (state.get(f"{prefix}{path}.{name}") for name in ("weight", "running_mean"))
+        shape = next((list(value.shape) for value in held if isinstance(value, Tensor)), None)
+        if shape is not None and shape != extent(module):
+            had[path], wanted[path] = extent(module), shape
+    reshape(model, optimizer, wanted)
+    return had
 
 
 class _Growth:

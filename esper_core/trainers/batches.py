@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from esper_core.errors import InvalidInput
 from esper_core.nn.chance import undisturbed
-from esper_core.nn.probe import Batch
+from esper_core.nn.probe import Batch, each_tensor
 
 GIVE_THEM = "pass probe=[...] and validation=[...], lists of batches, to the callback"
 
@@ -43,12 +44,13 @@ def collect(loader: Any, split: Callable[[Any], Batch], rows: int, seed: int) ->
         if not samples:
             raise InvalidInput("the data loader has no rows to measure by", hint=GIVE_THEM)
         inputs, targets = split(loader.collate_fn(samples))
-    return [(_part(inputs, piece), targets[piece]) for piece in _pieces(len(targets), size)]
+    pieces = (slice(start, start + size) for start in range(0, len(targets), size))
+    return [(each_tensor(inputs, itemgetter(piece)), targets[piece]) for piece in pieces]
 
 
 def moved(batches: list[Batch], device: torch.device) -> list[Batch]:
     """The batches on a device."""
-    return [(_on(inputs, device), targets.to(device)) for inputs, targets in batches]
+    return [(each_tensor(inputs, lambda value: value.to(device)), targets.to(device)) for inputs, targets in batches]
 
 
 def pair(batch: Any) -> Batch:
@@ -86,19 +88,3 @@ def _own_chance(seed: int) -> Iterator[None]:
     finally:
         random.setstate(plain)
         np.random.set_state(vectors)
-
-
-def _pieces(rows: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def _part(inputs: Any, piece: slice) -> Any:
-    if isinstance(inputs, tuple):
-        return tuple(_part(value, piece) for value in inputs)
-    return inputs[piece] if isinstance(inputs, Tensor) else inputs
-
-
-def _on(inputs: Any, device: torch.device) -> Any:
-    if isinstance(inputs, tuple):
-        return tuple(_on(value, device) for value in inputs)
-    return inputs.to(device) if isinstance(inputs, Tensor) else inputs

@@ -27,8 +27,7 @@ from esper_core.lifecycle import State
 from esper_core.log import get
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction
-from esper_core.nn.trace import HostGraph
-from esper_core.nn.widen import Widenable, extent, morphology, reshape
+from esper_core.nn.widen import conform, morphology
 from esper_core.trainers.batches import collect, moved
 from esper_core.trainers.calling import Call, host_of
 
@@ -301,33 +300,6 @@ class Growth:
         kept = {index for group in groups for index in group["params"]}
         memory = {index: value for index, value in state["state"].items() if index in kept}
         return {**state, "state": memory, "param_groups": groups}
-
-
-def conform(
-    model: nn.Module, state: Mapping[str, Any], prefix: str = "", optimizer: Optimizer | None = None
-) -> dict[str, list[int]]:
-    """Give layers and batch norms the widths that a grown network's weights have; the values are to be loaded afterwards.
-
-    Args:
-        state: a ``state_dict`` with names from ``prefix`` on.
-        optimizer: where replaced parameters are replaced too.
-
-    Returns:
-        Extents that the changed modules had, by path.
-
-    Raises:
-        Corrupt: when a layer differs in more than its widths.
-    """
-    had, wanted = {}, {}
-    for path, module in model.named_modules():
-        if not isinstance(module, Widenable):
-            continue
-        held = (state.get(f"{prefix}{path}.{name}") for name in ("weight", "running_mean"))
-        shape = next((list(value.shape) for value in held if isinstance(value, Tensor)), None)
-        if shape is not None and shape != extent(module):
-            had[path], wanted[path] = extent(module), shape
-    reshape(Host(model, HostGraph((), (), ()), ()), optimizer, wanted)
-    return had
 
 
 def optimizer_of(host: Host, optimizers: Sequence[Optimizer]) -> Optimizer:

@@ -39,7 +39,7 @@ class GrowthCallback(TrainerCallback):
 
     Growth happens when an epoch ends, before the trainer evaluates and saves. Its part of a checkpoint is ``esper.ckpt`` in the
     checkpoint's folder; its figures go through ``trainer.log`` as ``esper/…``. When training ends the network is folded and ``report``
-    is there; ``model.config`` does not know the new widths, so load such weights with ``esper_core.trainers.growth.conform``. One device
+    is there; ``model.config`` does not know the new widths, so load such weights with ``esper_core.nn.widen.conform``. One device
     and full precision only.
 
     Kernels are no submodules of the model, so ``max_grad_norm`` is applied to their gradients apart from the model's.

@@ -25,9 +25,11 @@ from esper_core.blueprint.build import KernelModule, build
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.blueprint.ir import BlueprintIR
 from esper_core.errors import Conflict, Corrupt, EsperError
+from esper_core.nn.chance import undisturbed
 from esper_core.nn.checkpoint import write_atomic
 from esper_core.nn.export.plain import grafts
 from esper_core.nn.graft import Graft
+from esper_core.nn.widen import conform
 from services.tolaria import hosts
 from services.tolaria.config import ModelConfig
 from services.tolaria.datasets import Data
@@ -133,14 +135,14 @@ def recall(directory: Path) -> Recalled:
         raise Corrupt(f"{directory / MORPHOLOGY} is damaged: {problem}", hint=_AGAIN) from None
     weights = _read(directory / WEIGHTS, morphology.weights_sha256)
     held_out = _read(directory / HELD_OUT, morphology.held_out_sha256)
-    with torch.random.fork_rng(devices=[]):
+    with undisturbed():
         model = hosts.build(config, morphology.sample_shape, morphology.tokens, morphology.outputs).eval()
-    _fit(model, weights)
     for kernel in morphology.beside:
         _graft(model, kernel)
     try:
+        conform(model, weights)
         model.load_state_dict(weights)
-    except RuntimeError as problem:
+    except (RuntimeError, Corrupt) as problem:
         raise Corrupt(f"{directory / WEIGHTS} does not fit its morphology: {problem}", hint=_AGAIN) from None
     _check(directory.name, _evaluate(model, held_out["inputs"]), held_out["outputs"])
     return Recalled(model, held_out["inputs"], morphology)
@@ -176,31 +178,6 @@ def _read(path: Path, digest: str) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except (OSError, SafetensorError) as problem:
         raise Corrupt(f"{path} cannot be read: {problem}", hint=_AGAIN) from None
-
-
-_WIDTHS = {
-    nn.Linear: ("out_features", "in_features"),
-    nn.Conv2d: ("out_channels", "in_channels"),
-    nn.BatchNorm1d: ("num_features",),
-    nn.BatchNorm2d: ("num_features",),
-}
-"""The names under which a layer remembers the first sizes of its weight."""
-
-
-def _fit(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a fresh host the widths that the weights have."""
-    for path, module in model.named_modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            kept = weights.get(f"{path}.{name}" if path else name)
-            if kept is None or kept.shape == tensor.shape:
-                continue
-            if kept.ndim != tensor.ndim or type(module) not in _WIDTHS:
-                raise Corrupt(f"{path}.{name} has shape {tuple(kept.shape)}, which its host cannot have", hint=_AGAIN)
-            empty = torch.empty_like(kept)
-            setattr(module, name, nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty)
-        for position, width in enumerate(_WIDTHS.get(type(module), ())):
-            groups = module.groups if isinstance(module, nn.Conv2d) and width == "in_channels" else 1
-            setattr(module, width, cast(Tensor, module.weight).shape[position] * groups)
 
 
 def _graft(model: nn.Module, kernel: BesideKernel) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from esper_core.nn.chance import undisturbed
 from esper_core.nn.probe import LossFunction
 
 _aten: Any = torch.ops.aten
@@ -60,6 +61,6 @@ def counted() -> Iterator[Effort]:
 def step_flops(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, loss_fn: LossFunction) -> int:
     """Of one forward and backward pass; gradients are put back as they were."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with torch.random.fork_rng(devices=[]), counted() as effort:
+    with undisturbed(), counted() as effort:
         torch.autograd.grad(loss_fn(model(inputs), targets), parameters, allow_unused=True)
     return effort.flops

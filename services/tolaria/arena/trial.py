@@ -241,7 +241,7 @@ def wrapped(setup: Setup) -> Host:
 def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn.Module:
     """The setup's network with wider layers, freshly initialised at those widths."""
     host = wrapped(setup)
-    reshape(host, None, {path: list(shape) for path, shape in shapes.items()})
+    reshape(host.model, None, {path: list(shape) for path, shape in shapes.items()})
     torch.manual_seed(seed)
     for module in host.model.modules():
         reset = getattr(module, "reset_parameters", None)

@@ -233,7 +233,7 @@ def test_a_fresh_host_takes_a_grown_ones_shape() -> None:
     assert fold(host, graft(host, "0:2", "conv_bypass_3x3"), None)
     fresh = host_of("cnn")
     rule = torch.optim.Adam(fresh.parameters(), 1e-2)
-    reshape(fresh, rule, morphology(host))
+    reshape(fresh.model, rule, morphology(host))
     fresh.load_state_dict(host.state_dict())
     assert torch.equal(outputs(fresh, "cnn"), outputs(host, "cnn"))
     assert {id(p) for group in rule.param_groups for p in group["params"]} == {id(p) for p in fresh.parameters()}
@@ -245,7 +245,7 @@ def test_a_fresh_host_takes_a_grown_ones_shape() -> None:
 def test_shapes_of_another_host_are_refused(shape: list[int]) -> None:
     host = host_of("cnn")
     with pytest.raises(Corrupt):
-        reshape(host, None, {"0": shape})
+        reshape(host.model, None, {"0": shape})
 
 
 @pytest.mark.parametrize("family", ["mlp", "normed"])

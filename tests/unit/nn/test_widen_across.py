@@ -223,13 +223,13 @@ def test_a_fresh_host_takes_the_shape_of_a_grown_one_with_norms(family: str, nam
     fresh = host_of(family)
     rule = torch.optim.Adam(fresh.parameters(), 1e-2)
     narrow = morphology(fresh)
-    reshape(fresh, rule, morphology(host))
+    reshape(fresh.model, rule, morphology(host))
     fresh.load_state_dict(host.state_dict())
     assert torch.equal(outputs(fresh, family), outputs(host, family))
     assert {id(p) for group in rule.param_groups for p in group["params"]} == {id(p) for p in fresh.parameters()}
     norm = fresh.slots[name].norm
     assert norm is not None
     assert norm.num_features == fresh.slots[name].interface.hidden_width
-    reshape(fresh, rule, narrow)
+    reshape(fresh.model, rule, narrow)
     fresh.load_state_dict(host_of(family).state_dict())
     assert torch.equal(outputs(fresh, family), outputs(host_of(family), family))

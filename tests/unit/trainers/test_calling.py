@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from esper_core.control.survey import score
 from esper_core.errors import Corrupt, InvalidInput, Unsupported
+from esper_core.nn.widen import conform
 from esper_core.trainers.calling import host_of, plainly
-from esper_core.trainers.growth import Growth, conform, optimizer_of
+from esper_core.trainers.growth import Growth, optimizer_of
 from tests.unit.nn.hosts import LOSS, perceptron
 
 

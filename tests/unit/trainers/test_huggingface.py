@@ -19,7 +19,7 @@ from transformers.utils import logging
 from esper_core.errors import Corrupt, EsperError, InvalidInput, NotFound, Unsupported
 from esper_core.lifecycle import State
 from esper_core.nn import checkpoint
-from esper_core.trainers.growth import conform
+from esper_core.nn.widen import conform
 from esper_core.trainers.huggingface import FILE, GrowthCallback
 from tests.unit.control.growing import Silent, held, owned, settings
 from tests.unit.nn.hosts import LOSS, equal
