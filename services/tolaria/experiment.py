@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from esper_core.config import Endpoints, read_endpoints
 from esper_core.control.grower import Grower
@@ -197,20 +198,22 @@ def load_data(config: TolariaConfig) -> Data:
     return prepare(config.dataset, config.data_seed, image=image, device=config.device)
 
 
+def build_model(config: TolariaConfig, data: Data) -> nn.Module:
+    """The run's network, freshly initialised by its seed, on its device."""
+    torch.manual_seed(config.seed)
+    return hosts.build(config.model, data.sample_shape, data.tokens, data.outputs).to(config.device)
+
+
 def plain(config: TolariaConfig, data: Data) -> Plain:
     """A freshly initialised network that will only be trained."""
-    torch.manual_seed(config.seed)
-    model = hosts.build(config.model, data.sample_shape, data.tokens, data.outputs).to(config.device)
+    model = build_model(config, data)
     return Plain(model, optimizer_for(config.optimization, model.parameters()))
 
 
 def build_host(config: TolariaConfig, data: Data) -> Host:
     """The same network, wrapped, with its slots."""
-    torch.manual_seed(config.seed)
-    model = hosts.build(config.model, data.sample_shape, data.tokens, data.outputs).to(config.device)
     example, _ = data.train.take(torch.arange(min(2, len(data.train))))
-    spans = list(config.morphogenetic.spans) if config.morphogenetic.spans is not None else None
-    return wrap(model, example, spans=spans)
+    return wrap(build_model(config, data), example, spans=config.morphogenetic.spans)
 
 
 def growing(config: TolariaConfig, data: Data, host: Host, plane: Plane, run_id: str) -> Growing:

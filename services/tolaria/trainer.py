@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper_core.errors import Corrupt
 from esper_core.log import get
@@ -96,6 +96,21 @@ def score(model: nn.Module, data: Data, part: Part) -> Score:
                 right += (outputs.argmax(1) == targets).sum()
     model.train(was_training)
     return Score(float(loss) / len(part), float(right) / len(part) if data.classification else None)
+
+
+def train_rows(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, order: Sequence[Tensor]) -> float:
+    """One step per batch of row numbers of the training part; the mean loss, read once at the end."""
+    part = data.train
+    model.train()
+    total = torch.zeros((), dtype=torch.float64, device=part.inputs.device)
+    for rows in order:
+        inputs, targets = part.take(rows)
+        loss = data.loss(model(inputs), targets)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        total += loss.detach() * len(rows)
+    return float(total) / sum(len(rows) for rows in order)
 
 
 class Trainer:
@@ -211,19 +226,12 @@ class Trainer:
         return boundary.model_copy(update={"figures": figures})
 
     def _train_rows(self) -> float:
-        """One pass over the training part; the mean loss, read once at its end."""
-        model, optimizer, part = self.learner.model, self.learner.optimizer, self.data.train
-        model.train()
-        total = torch.zeros((), dtype=torch.float64, device=part.inputs.device)
-        for rows in batches(len(part), self.config.optimization.batch_size, self.config.seed, self.epoch):
-            inputs, targets = part.take(rows)
-            loss = self.data.loss(model(inputs), targets)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.detach() * len(rows)
-            self.step += 1
-        return float(total) / len(part)
+        """One pass over the training part; the mean loss."""
+        size = self.config.optimization.batch_size
+        order = batches(len(self.data.train), size, self.config.seed, self.epoch)
+        loss = train_rows(self.learner.model, self.learner.optimizer, self.data, order)
+        self.step += len(order)
+        return loss
 
     def _state(self) -> dict[str, Any]:
         state: dict[str, Any] = {

@@ -10,15 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from esper_core.errors import InvalidInput
-from esper_core.nn.checkpoint import write_atomic
 from services.tolaria.arena import report
 from services.tolaria.arena.arms import ARMS, chosen
 from services.tolaria.arena.figures import Table, mean
 from services.tolaria.arena.own import read_task
-from services.tolaria.arena.suite import Ledger, run
+from services.tolaria.arena.suite import Ledger, run, shown
 from services.tolaria.arena.trial import wrapped
 from services.tolaria.edge import answered
 
@@ -52,30 +50,17 @@ def compare(asked: argparse.Namespace, console: Console) -> int:
     if asked.fresh:
         path.unlink(missing_ok=True)
     ledger = Ledger(path)
-    columns: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console) as bar:
-        line = bar.add_task("trials", total=None)
-        run(
-            [(task.name, partial(read_task, asked.run, tuple(asked.set)))],
-            range(asked.seeds),
-            arms,
-            ledger,
-            lambda done, total, _: bar.update(line, completed=done, total=total),
-        )
+    with shown(console) as progress:
+        run([(task.name, partial(read_task, asked.run, tuple(asked.set)))], range(asked.seeds), arms, ledger, progress)
     table = Table(row for row in ledger.found() if row.arm in arms and row.seed < asked.seeds)
-    about = {task.name: task.about}
     opening = f"{asked.seeds} paired seeds: arms of a seed share data, initial weights and batches."
-    write_atomic(asked.out / f"{task.name}.md", report.markdown(table, about, opening, []).encode())
-    page = report.page(table, about, f"Growing {task.name}", opening, [])
-    write_atomic(asked.out / f"{task.name}.html", page.encode())
-    document = report.document(ledger.found(), {})
-    write_atomic(asked.out / f"{task.name}.json", json.dumps(document, indent=1).encode())
+    page = report.Report(f"Growing {task.name}", opening, table, {task.name: task.about}).write(asked.out, task.name)
     if asked.output == "json":
         accuracy = {arm: mean(table.points(task.name, arm)).value for arm in table.arms(task.name)}
-        print(json.dumps({"task": task.name, "points": accuracy, "report": str(asked.out / f"{task.name}.html")}))  # noqa: T201
+        print(json.dumps({"task": task.name, "points": accuracy, "report": str(page)}))  # noqa: T201
     else:
         console.print(report.text(table, task.name))
-    console.print(f"report: {asked.out / f'{task.name}.html'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

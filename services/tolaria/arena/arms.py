@@ -17,11 +17,10 @@ from esper_core.nn.host import Host
 from services.tolaria.arena import rivals
 from services.tolaria.arena.task import Setup, Task
 from services.tolaria.arena.trial import (
-    PROBE_BATCH,
-    PROBE_ROWS,
     Row,
     growing,
     plain,
+    probe,
     reshaped,
     training_flops,
     wrapped,
@@ -69,7 +68,9 @@ def _static(task: Task, setup: Setup, arm: str, seed: int, peers: Peers, *, equa
     return plain(task, setup, arm, seed, model=model, epochs=epochs)
 
 
-def _rival(make: Callable[[Host, Task, Setup, int], rivals.Rank | None], times: int = 1, every: int = 1) -> Arm:
+def _rival(
+    about: str, make: Callable[[Host, Task, Setup, int], rivals.Rank | None], times: int = 1, every: int = 1
+) -> Arm:
     def run(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row | None:
         host = wrapped(setup)
         rank = make(host, task, setup, seed)
@@ -78,7 +79,7 @@ def _rival(make: Callable[[Host, Task, Setup, int], rivals.Rank | None], times: 
         controller: Controller = rivals.Rival(rank, times, every)
         return growing(task, setup, arm, seed, controller, host=host)
 
-    return Arm("", run)
+    return Arm(about, run)
 
 
 def _planted(_host: Host, _task: Task, setup: Setup, _seed: int) -> rivals.Rank | None:
@@ -88,8 +89,8 @@ def _planted(_host: Host, _task: Task, setup: Setup, _seed: int) -> rivals.Rank 
 def _probing(
     rule: Callable[..., rivals.Rank],
 ) -> Callable[[Host, Task, Setup, int], rivals.Rank]:
-    def make(host: Host, _task: Task, setup: Setup, _seed: int) -> rivals.Rank:
-        return rule(host, setup.data.train.in_batches(PROBE_BATCH, PROBE_ROWS), setup.data.loss)
+    def make(host: Host, task: Task, setup: Setup, _seed: int) -> rivals.Rank:
+        return rule(host, probe(task, setup), setup.data.loss)
 
     return make
 
@@ -123,10 +124,6 @@ class Adapter(nn.Module):
         return out
 
 
-def _named(arm: Arm, about: str) -> Arm:
-    return Arm(about, arm.run, arm.after)
-
-
 ARMS: Mapping[str, Arm] = {
     "esper": Arm("the heuristic policy, as shipped", _esper),
     "none": Arm("no growth", _ungrown),
@@ -136,18 +133,16 @@ ARMS: Mapping[str, Arm] = {
     "static-flops": Arm(
         "the final shape from the start, equal training FLOPs", lambda *a: _static(*a, equal_flops=True), after="esper"
     ),
-    "planted": _named(_rival(_planted), "one graft where the network was made too small"),
-    "random": _named(_rival(lambda _h, _t, _s, seed: rivals.by_chance(seed)), "one graft anywhere"),
-    "uniform": _named(_rival(lambda *_: rivals.in_turns, times=64), "one graft after another, all slots in turn"),
-    "schedule": _named(
-        _rival(lambda *_: rivals.in_turns, times=64, every=15), "one graft every 15 epochs, all slots in turn"
-    ),
-    "gradmax": _named(_rival(_probing(rivals.gradmax)), "one graft where GradMax says"),
-    "firefly": _named(_rival(_probing(rivals.firefly)), "one graft where a Firefly-style trial of units says"),
-    "tiny": _named(_rival(lambda *_: rivals.tiny_raw), "one graft where the raw TINY gain is highest"),
-    "senn": _named(_rival(lambda *_: rivals.senn), "one graft where the SENN score is highest"),
-    "narrowest": _named(_rival(lambda *_: rivals.narrowest), "one graft at the narrowest layer"),
-    "rank": _named(_rival(lambda *_: rivals.effective_rank), "one graft at the layer of lowest effective rank"),
+    "planted": _rival("one graft where the network was made too small", _planted),
+    "random": _rival("one graft anywhere", lambda _h, _t, _s, seed: rivals.by_chance(seed)),
+    "uniform": _rival("one graft after another, all slots in turn", lambda *_: rivals.in_turns, times=64),
+    "schedule": _rival("one graft every 15 epochs, all slots in turn", lambda *_: rivals.in_turns, times=64, every=15),
+    "gradmax": _rival("one graft where GradMax says", _probing(rivals.gradmax)),
+    "firefly": _rival("one graft where a Firefly-style trial of units says", _probing(rivals.firefly)),
+    "tiny": _rival("one graft where the raw TINY gain is highest", lambda *_: rivals.tiny_raw),
+    "senn": _rival("one graft where the SENN score is highest", lambda *_: rivals.senn),
+    "narrowest": _rival("one graft at the narrowest layer", lambda *_: rivals.narrowest),
+    "rank": _rival("one graft at the layer of lowest effective rank", lambda *_: rivals.effective_rank),
     "reconstruction": Arm(
         "esper, kernels taught the update the span cannot make", _taught(training_objective="reconstruction")
     ),

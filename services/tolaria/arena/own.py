@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from services.tolaria import hosts
 from services.tolaria.arena.task import Setup, Task
 from services.tolaria.config import TolariaConfig, read_run
-from services.tolaria.experiment import load_data, set_up
+from services.tolaria.experiment import build_model, load_data, set_up
 from services.tolaria.optimization import learning_rate, optimizer_for
 
 
@@ -19,18 +18,12 @@ def task_of(config: TolariaConfig) -> Task:
         set_up(seeded)
         torch.set_num_threads(1)
         data = load_data(seeded)
-
-        def model() -> torch.nn.Module:
-            torch.manual_seed(seed)
-            return hosts.build(config.model, data.sample_shape, data.tokens, data.outputs).to(config.device)
-
-        return Setup(model, data)
+        return Setup(lambda: build_model(seeded, data), data, spans=config.morphogenetic.spans)
 
     return Task(
         name=config.name,
         about=f"{config.model.host} on {config.dataset.name}",
         make=make,
-        needs_growth=None,
         group="own",
         optimizer=lambda parameters: optimizer_for(config.optimization, parameters),
         epochs=config.optimization.epochs,
@@ -38,6 +31,7 @@ def task_of(config: TolariaConfig) -> Task:
         rate=lambda epoch: learning_rate(config.optimization, epoch),
         settings=config.morphogenetic.growth,
         budget=config.morphogenetic.budget_parameters,
+        probe_rows=config.morphogenetic.probe_samples,
     )
 
 

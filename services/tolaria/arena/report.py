@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table as Grid
 
+from esper_core.nn.checkpoint import write_atomic
 from services.tolaria.arena.arms import ARMS
 from services.tolaria.arena.figures import Table, mean
-from services.tolaria.arena.trial import Row
 from services.tolaria.report import plotly
 
 Cells = list[str]
@@ -53,21 +55,67 @@ def _line(table: Table, task: str, arm: str) -> Cells:
     ]
 
 
-def markdown(table: Table, about: Mapping[str, str], opening: str, goals: Sequence[Cells]) -> str:
-    """The whole report.
+@dataclass(frozen=True)
+class Report:
+    """A comparison to be written down.
 
-    Args:
+    Attributes:
+        title: of the page.
+        opening: what was run, when and where.
         table: the rows.
         about: one line per task.
-        opening: what was run, when and where.
         goals: head and lines of a table of goals; empty for none.
+        verdicts: the goals for scripts.
     """
-    parts = [opening]
-    if goals:
-        parts.append("## Goals\n\n" + _grid(goals))
-    parts.append("## Arms\n\n" + "\n".join(f"- **{name}**: {ARMS[name].about}" for name in _shown(table)))
-    parts += [f"## {task}\n\n{about.get(task, '')}\n\n" + _grid([HEAD, *lines(table, task)]) for task in table.tasks]
-    return "\n\n".join(parts) + "\n"
+
+    title: str
+    opening: str
+    table: Table
+    about: Mapping[str, str]
+    goals: Sequence[Cells] = ()
+    verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def write(self, folder: Path, name: str) -> Path:
+        """``name``.md, .html and .json under ``folder``; where the page is."""
+        page = folder / f"{name}.html"
+        write_atomic(folder / f"{name}.md", self.markdown().encode())
+        write_atomic(page, self.page().encode())
+        write_atomic(folder / f"{name}.json", json.dumps(self.document(), indent=1).encode())
+        return page
+
+    def markdown(self) -> str:
+        """For a repository."""
+        parts = [f"# {self.title}", self.opening]
+        if self.goals:
+            parts.append("## Goals\n\n" + _grid(self.goals))
+        parts.append("## Arms\n\n" + "\n".join(f"- **{name}**: {ARMS[name].about}" for name in _shown(self.table)))
+        for task in self.table.tasks:
+            figures = _grid([HEAD, *lines(self.table, task)])
+            parts.append(f"## {task}\n\n{self.about.get(task, '')}\n\n{figures}")
+        return "\n\n".join(parts) + "\n"
+
+    def page(self) -> str:
+        """One HTML file that needs no network."""
+        parts = [f"<h1>{escape(self.title)}</h1><p>{escape(self.opening)}</p>"]
+        if self.goals:
+            parts.append("<h2>Goals</h2>" + _html(self.goals))
+        plots = []
+        for number, task in enumerate(self.table.tasks):
+            about = escape(self.about.get(task, ""))
+            parts.append(f"<h2>{escape(task)}</h2><p>{about}</p><div id=plot{number}></div>")
+            parts.append(f"<details><summary>Figures</summary>{_html([HEAD, *lines(self.table, task)])}</details>")
+            plots.append(f"Plotly.newPlot('plot{number}', {_chart(self.table, task)});")
+        return (
+            f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(self.title)}</title><style>{_STYLE}</style>"
+            f"{''.join(parts)}<script>{plotly()}</script><script>{''.join(plots)}</script></html>"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """For scripts: every row, and the verdicts on the goals."""
+        rows = (row for task in self.table.tasks for arm in self.table.arms(task) for row in self.table.of(task, arm))
+        key = {"task", "arm", "seed"}
+        found = [{**row.model_dump(include=key), "metrics": row.model_dump(mode="json", exclude=key)} for row in rows]
+        return {"rows": found, "goals": {name: dict(goal) for name, goal in self.verdicts.items()}}
 
 
 def text(table: Table, task: str) -> Grid:
@@ -76,22 +124,6 @@ def text(table: Table, task: str) -> Grid:
     for line in lines(table, task):
         grid.add_row(*line)
     return grid
-
-
-def page(table: Table, about: Mapping[str, str], title: str, opening: str, goals: Sequence[Cells]) -> str:
-    """The same as one HTML file that needs no network."""
-    parts = [f"<h1>{escape(title)}</h1><p>{escape(opening)}</p>"]
-    if goals:
-        parts.append("<h2>Goals</h2>" + _html(goals))
-    plots = []
-    for number, task in enumerate(table.tasks):
-        parts.append(f"<h2>{escape(task)}</h2><p>{escape(about.get(task, ''))}</p><div id=plot{number}></div>")
-        parts.append(f"<details><summary>Figures</summary>{_html([HEAD, *lines(table, task)])}</details>")
-        plots.append(f"Plotly.newPlot('plot{number}', {_chart(table, task)});")
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"{''.join(parts)}<script>{plotly()}</script><script>{''.join(plots)}</script></html>"
-    )
 
 
 _STYLE = (
@@ -137,19 +169,3 @@ def _html(cells: Sequence[Cells]) -> str:
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rest)
     return f"<table><tr>{top}</tr>{body}</table>"
-
-
-def document(rows: Sequence[Row], goals: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The rows and goals for scripts."""
-    return {
-        "rows": [
-            {
-                "task": row.task,
-                "arm": row.arm,
-                "seed": row.seed,
-                "metrics": row.model_dump(mode="json", exclude={"task", "arm", "seed"}),
-            }
-            for row in rows
-        ],
-        "goals": {name: dict(goal) for name, goal in goals.items()},
-    }

@@ -80,9 +80,8 @@ class Rival:
 def usual_kernel(slot: SlotState, left: int | None) -> KernelCandidate | None:
     """The foldable kernel of ``WIDTH`` units that has most to learn with; the nearest width where there is none."""
     cost = slot.evidence[-1].unit_parameters if slot.evidence else 0
-    offers = [k for k in slot.candidates if k.foldable and (left is None or k.cost(cost) <= left)] or [
-        k for k in slot.candidates if left is None or k.cost(cost) <= left
-    ]
+    within = [kernel for kernel in slot.candidates if left is None or kernel.cost(cost) <= left]
+    offers = [kernel for kernel in within if kernel.foldable] or within
     return min(offers, key=lambda k: (abs(k.width - WIDTH), -k.parameters, k.kernel_id), default=None)
 
 

@@ -8,11 +8,22 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
 
 from esper_core.errors import Corrupt, Exhausted
 from services.tolaria.arena.arms import ARMS
@@ -118,6 +129,16 @@ def run(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return ledger.found()
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[Progress]:
+    """Progress as a bar on a terminal, for ``run``."""
+    columns: tuple[ProgressColumn, ...] = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    clocks = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[last]}"))
+    with Bar(*columns, *clocks, console=console) as bar:
+        line = bar.add_task("trials", total=None, last="")
+        yield lambda done, total, last: bar.update(line, completed=done, total=total, last=last)
 
 
 def carry_out(errand: Errand) -> list[tuple[str, Row | None]]:

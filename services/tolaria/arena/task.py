@@ -20,11 +20,13 @@ class Setup:
         model: makes the network, freshly initialised; equal networks at every call.
         data: its parts.
         planted: slots where the network was made too small on purpose; empty when nowhere, None when nobody knows.
+        spans: slots as pairs of module paths; every span found when None.
     """
 
     model: Callable[[], nn.Module]
     data: Data
     planted: tuple[str, ...] | None = None
+    spans: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,18 @@ class Task:
         name: short, unique.
         about: one line for people.
         make: the setup of a seed.
-        needs_growth: whether a good controller should grow; None when nobody knows.
         group: tasks that share a goal are in one group.
         optimizer: makes the optimiser.
         epochs, batch_size: of training.
         rate: learning rate by epoch; None = what the optimiser was made with.
         settings: of growing.
         budget: parameters that may be added in all; None = no limit.
+        probe_rows: training rows that growth signals are measured on.
     """
 
     name: str
     about: str
     make: Callable[[int], Setup]
-    needs_growth: bool | None
     group: str
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
     epochs: int = 50
@@ -55,3 +56,4 @@ class Task:
     rate: Callable[[int], float] | None = None
     settings: GrowthSettings = field(default_factory=GrowthSettings)
     budget: int | None = None
+    probe_rows: int = 1024

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,16 +17,14 @@ from esper_core.control.roles import Controller
 from esper_core.control.settings import GrowthSettings
 from esper_core.lifecycle import State
 from esper_core.nn.host import Host, wrap
+from esper_core.nn.probe import Batch
 from esper_core.nn.signals import measure
 from esper_core.nn.widen import morphology, reshape
 from services.tolaria.arena.effort import counted, step_flops
 from services.tolaria.arena.task import Setup, Task
+from services.tolaria.experiment import PROBE_BATCH, VALIDATION_BATCH
 from services.tolaria.order import batches
-from services.tolaria.trainer import score
-
-PROBE_BATCH = 256
-PROBE_ROWS = 1024
-VALIDATION_BATCH = 64
+from services.tolaria.trainer import score, train_rows
 
 
 class Row(BaseModel):
@@ -33,6 +32,7 @@ class Row(BaseModel):
 
     Attributes:
         accuracy, loss: of the plain network on the test part, before growth's parts are dropped from memory.
+        planted: where the network was made too small on purpose; None when nobody knows.
         before, added: parameters at the start, and what growth added to them.
         slots: where grafts germinated, in order; ``kept`` those that fossilised.
         evidence: the strongest need, sure in two evaluations, that any slot showed; 1 = the thresholds just met.
@@ -46,6 +46,7 @@ class Row(BaseModel):
     task: str
     arm: str
     seed: int
+    planted: tuple[str, ...] | None = None
     accuracy: float | None
     loss: float
     before: int
@@ -79,23 +80,15 @@ def train_epoch(
     task: Task, setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, epoch: int, count: Counter
 ) -> float:
     """One pass over the training part; the mean loss."""
-    part, began = setup.data.train, time.process_time()
-    total = torch.zeros((), dtype=torch.float64)
-    order = batches(len(part), task.batch_size, seed, epoch)
+    began = time.process_time()
+    order = batches(len(setup.data.train), task.batch_size, seed, epoch)
     if task.rate is not None:
         for group in optimizer.param_groups:
             group["lr"] = task.rate(epoch)
-    model.train()
-    for rows in order:
-        inputs, targets = part.take(rows)
-        loss = setup.data.loss(model(inputs), targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        total += loss.detach() * len(rows)
+    loss = train_rows(model, optimizer, setup.data, order)
     count.seconds += time.process_time() - began
     count.steps += len(order)
-    return float(total) / len(part)
+    return loss
 
 
 def plain(task: Task, setup: Setup, arm: str, seed: int, *, epochs: int | None = None, model: nn.Module) -> Row:
@@ -107,18 +100,7 @@ def plain(task: Task, setup: Setup, arm: str, seed: int, *, epochs: int | None =
     for epoch in range(epochs or task.epochs):
         train_epoch(task, setup, model, optimizer, seed, epoch, count)
     count.flops = count.steps * training_flops(task, setup, model)
-    found = score(model, setup.data, setup.data.test)
-    return Row(
-        task=task.name,
-        arm=arm,
-        seed=seed,
-        accuracy=found.accuracy,
-        loss=found.loss,
-        before=before,
-        steps=count.steps,
-        flops=count.flops,
-        train_seconds=count.seconds,
-    )
+    return _row(task, setup, arm, seed, model, before, count)
 
 
 def growing(
@@ -139,7 +121,7 @@ def growing(
         host,
         optimizer,
         data.loss,
-        probe=data.train.in_batches(PROBE_BATCH, PROBE_ROWS),
+        probe=probe(task, setup),
         validation=data.validation.in_batches(VALIDATION_BATCH),
         budget=Budget(parameters=task.budget),
         settings=settings or task.settings,
@@ -158,29 +140,50 @@ def growing(
         story.boundary(grower, epoch, loss, setup)
     scoring = story.measurements * _scoring_flops(grower) if story.measurements else 0
     network, report = grower.finish()
-    found = score(network, data, data.test)
-    return Row(
-        task=task.name,
-        arm=arm,
-        seed=seed,
-        accuracy=found.accuracy,
-        loss=found.loss,
-        before=before,
+    return _row(
+        task,
+        setup,
+        arm,
+        seed,
+        network,
+        before,
+        count,
         added=report.added_parameters,
         slots=tuple(story.germinated),
         kept=(*story.kept, *report.unfinished),
         culled=report.culled + len(report.dropped),
         rolled_back=report.rolled_back,
         evidence=story.evidence,
-        steps=count.steps,
-        flops=count.flops,
         scoring_flops=scoring,
-        train_seconds=count.seconds,
         growing_seconds=story.seconds,
         insertion_change=story.insertion_change,
         fold_change=report.folded_max_abs_diff,
         at_full=tuple(story.at_full),
         shapes={path: tuple(shape) for path, shape in morphology(host).items()},
+    )
+
+
+def probe(task: Task, setup: Setup) -> list[Batch]:
+    """What growth signals are measured on."""
+    return setup.data.train.in_batches(PROBE_BATCH, task.probe_rows)
+
+
+def _row(
+    task: Task, setup: Setup, arm: str, seed: int, network: nn.Module, before: int, count: Counter, **growth: Any
+) -> Row:
+    found = score(network, setup.data, setup.data.test)
+    return Row(
+        task=task.name,
+        arm=arm,
+        seed=seed,
+        planted=setup.planted,
+        accuracy=found.accuracy,
+        loss=found.loss,
+        before=before,
+        steps=count.steps,
+        flops=count.flops,
+        train_seconds=count.seconds,
+        **growth,
     )
 
 
@@ -211,12 +214,9 @@ class _Story:
                 self.at_full.append(score(grower.plot.host, setup.data, setup.data.test).accuracy or 0.0)
         for past in grower.survey.evidence.values():
             if len(past) > 1:
-                limits = grower.survey.thresholds
-                needs = [
-                    min(signal.share / limits.share, signal.gain_of_loss / limits.gain_of_loss) * signal.confidence
-                    for signal in list(past)[-2:]
-                ]
-                self.evidence = max(self.evidence or 0.0, min(needs))
+                need = grower.survey.thresholds.need
+                sure = (need(signal.share, signal.gain_of_loss) * signal.confidence for signal in list(past)[-2:])
+                self.evidence = max(self.evidence or 0.0, min(sure))
 
     def _at_insertion(self, grower: Grower, slot: str) -> None:
         """Change of the probe loss when a graft is blended in at alpha 0."""
@@ -235,7 +235,7 @@ class _Story:
 def wrapped(setup: Setup) -> Host:
     """The setup's network with its slots."""
     example, _ = setup.data.train.take(torch.arange(2))
-    return wrap(setup.model(), example)
+    return wrap(setup.model(), example, setup.spans)
 
 
 def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn.Module:

@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from esper_core.errors import EsperError
 from esper_core.nn.checkpoint import write_atomic
 from services.tolaria.arena import report
 from services.tolaria.arena.arms import chosen
 from services.tolaria.arena.figures import Table
-from services.tolaria.arena.suite import Ledger, run
+from services.tolaria.arena.suite import Ledger, run, shown
+from services.tolaria.edge import answered
 from tests.bench.growth.goals import judged
 from tests.bench.growth.tasks import TASKS, named
 from tests.bench.machine import machine
@@ -43,14 +33,11 @@ def main() -> int:
     options.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     options.add_argument("--report", type=Path, help="also write the Markdown report there")
     asked = options.parse_args()
-    try:
-        return _run(asked)
-    except EsperError as error:
-        Console(stderr=True).print(f"error: {error.message}\nhint: {error.hint}", markup=False)
-        return error.exit_code
+    console = Console(stderr=True)
+    return answered(console, lambda: _run(asked, console), "stopped; the same command goes on from here")
 
 
-def _run(asked: argparse.Namespace) -> int:
+def _run(asked: argparse.Namespace, console: Console) -> int:
     arms = chosen(asked.arms)
     names = [task.name for task in TASKS if asked.tasks is None or task.name in asked.tasks.split(",")]
     path = asked.out / "growth.jsonl"
@@ -58,34 +45,24 @@ def _run(asked: argparse.Namespace) -> int:
         path.unlink(missing_ok=True)
     ledger, began = Ledger(path), time.monotonic()
     tasks = [(name, partial(named, name)) for name in names]
-    with _bar() as bar:
-        line = bar.add_task("trials", total=None, last="")
-        run(
-            tasks,
-            range(asked.seeds),
-            arms,
-            ledger,
-            lambda done, total, last: bar.update(line, completed=done, total=total, last=last),
-        )
+    with shown(console) as progress:
+        run(tasks, range(asked.seeds), arms, ledger, progress)
     rows = [row for row in ledger.found() if row.task in names and row.seed < asked.seeds and row.arm in arms]
     table, minutes = Table(rows), (time.monotonic() - began) / 60
     goals = judged(table)
     about = {task.name: task.about for task in TASKS}
     opening = (
-        f"# Does growing pay?\n\n{len(rows)} trials, {asked.seeds} paired seeds, this time {minutes:.1f} minutes. "
+        f"{len(rows)} trials, {asked.seeds} paired seeds, this time {minutes:.1f} minutes. "
         f"Arms of a task and seed share data, initial weights and batches. " + " · ".join(machine().values())
     )
     cells = [["goal", "figure", "value", "target", "met"], *(_goal_line(name, goal) for name, goal in goals.items())]
-    text = report.markdown(table, about, opening, cells)
-    write_atomic(asked.out / "growth.md", text.encode())
-    page = report.page(table, about, "Does growing pay?", opening.partition("\n\n")[2], cells)
-    write_atomic(asked.out / "growth.html", page.encode())
-    write_atomic(asked.out / "growth.json", json.dumps(report.document(rows, goals), indent=1).encode())
+    written = report.Report("Does growing pay?", opening, table, about, cells, goals)
+    page = written.write(asked.out, "growth")
     if asked.report:
-        write_atomic(asked.report, (text + _reading(asked.report)).encode())
+        write_atomic(asked.report, (written.markdown() + _reading(asked.report)).encode())
     for line_cells in cells[1:]:
         print("  ".join(line_cells))
-    print(asked.out / "growth.html", file=sys.stderr)
+    print(page, file=sys.stderr)
     return 0
 
 
@@ -101,16 +78,6 @@ def _goal_line(name: str, goal: dict[str, float | str | bool | None]) -> list[st
     shown = "not measured" if value is None else f"{value:.3g}"
     verdict = "–" if goal["met"] is None else "yes" if goal["met"] else "no"
     return [name, str(goal["about"]), shown, str(goal["target"]), verdict]
-
-
-def _bar() -> Progress:
-    columns: tuple[ProgressColumn, ...] = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[last]}"), console=Console(stderr=True))
 
 
 if __name__ == "__main__":

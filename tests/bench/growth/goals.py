@@ -37,8 +37,7 @@ def _localised(table: Table) -> float | None:
 
 
 def _right(row: Row) -> bool:
-    planted = next(task for task in TASKS if task.name == row.task).make(row.seed).planted or ()
-    return bool(row.slots) and row.slots[0] in planted
+    return bool(row.slots) and row.slots[0] in (row.planted or ())
 
 
 def _recovered(table: Table, tasks: Sequence[str]) -> float | None:

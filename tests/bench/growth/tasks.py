@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esper_core.control.settings import GrowthSettings
 from services.tolaria.arena.task import Setup, Task
 from services.tolaria.config import DatasetConfig
 from services.tolaria.datasets import Data, Part, prepare
@@ -204,29 +204,35 @@ def uneven(seed: int) -> Setup:
     return Setup(lambda: _mlp(20, widths, 6, seed), teacher_data(seed, (16, 16, 16, 16)))
 
 
-QUICK = GrowthSettings()
 ROUNDS = 64 * (32 + 1 + 32)
 """Budget of the tasks with many rounds: 64 units between layers of 32."""
 
+
+def _task(
+    name: str, make: Callable[[int], Setup], group: str, optimizer: Callable[..., torch.optim.Optimizer], **more: Any
+) -> Task:
+    return Task(name, more.pop("about", make.__doc__ or ""), make, group, optimizer, **more)
+
+
 TASKS: tuple[Task, ...] = (
-    Task("teacher", teacher.__doc__ or "", teacher, True, "narrow", adam(3e-3)),
-    Task("digits", digits.__doc__ or "", digits, True, "narrow", adam(2e-3)),
-    Task("spirals", spirals.__doc__ or "", spirals, True, "narrow", adam(3e-3), epochs=60),
-    Task("dead", dead.__doc__ or "", dead, True, "narrow", adam(3e-3)),
-    Task("sums", sums.__doc__ or "", sums, True, "narrow", adam(5e-3), epochs=100),
-    Task("digits-conv", digits_conv.__doc__ or "", digits_conv, True, "narrow", adam(3e-3), epochs=40),
-    Task("decoy", decoy.__doc__ or "", decoy, True, "decoy", adam(3e-3)),
-    Task("teacher-wide", teacher_wide.__doc__ or "", teacher_wide, False, "healthy", adam(3e-3)),
-    Task("digits-wide", digits_wide.__doc__ or "", digits_wide, False, "healthy", adam(2e-3)),
-    Task("spirals-wide", spirals_wide.__doc__ or "", spirals_wide, False, "healthy", adam(3e-3), epochs=60),
-    Task("breast-cancer", breast_cancer.__doc__ or "", breast_cancer, False, "healthy", adam(1e-3)),
-    Task("digits-noisy", digits_noisy.__doc__ or "", digits_noisy, False, "healthy", adam(2e-3)),
-    Task(
-        "under-trained", "A wide student at a tenth of the learning rate.", teacher_wide, False, "healthy", adam(3e-4)
+    _task("teacher", teacher, "narrow", adam(3e-3)),
+    _task("digits", digits, "narrow", adam(2e-3)),
+    _task("spirals", spirals, "narrow", adam(3e-3), epochs=60),
+    _task("dead", dead, "narrow", adam(3e-3)),
+    _task("sums", sums, "narrow", adam(5e-3), epochs=100),
+    _task("digits-conv", digits_conv, "narrow", adam(3e-3), epochs=40),
+    _task("decoy", decoy, "decoy", adam(3e-3)),
+    _task("teacher-wide", teacher_wide, "healthy", adam(3e-3)),
+    _task("digits-wide", digits_wide, "healthy", adam(2e-3)),
+    _task("spirals-wide", spirals_wide, "healthy", adam(3e-3), epochs=60),
+    _task("breast-cancer", breast_cancer, "healthy", adam(1e-3)),
+    _task("digits-noisy", digits_noisy, "healthy", adam(2e-3)),
+    _task(
+        "under-trained", teacher_wide, "healthy", adam(3e-4), about="A wide student at a tenth of the learning rate."
     ),
-    Task("rightly-narrow", rightly_narrow.__doc__ or "", rightly_narrow, None, "rightly narrow", adam(3e-3)),
-    Task("even", even.__doc__ or "", even, None, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 8),
-    Task("uneven", uneven.__doc__ or "", uneven, None, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 2),
+    _task("rightly-narrow", rightly_narrow, "rightly narrow", adam(3e-3)),
+    _task("even", even, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 8),
+    _task("uneven", uneven, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 2),
 )
 
 

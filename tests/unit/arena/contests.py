@@ -35,4 +35,4 @@ def contest(epochs: int = 14) -> Task:
     """The task; picklable by name."""
     settings = GrowthSettings(warmup_epochs=2, evaluate_every=1, ramp_epochs=1, training_steps=20, widths=(4,))
     optimizer = functools.partial(torch.optim.Adam, lr=1e-2)
-    return Task("contest", "a layer of one unit", narrow, True, "narrow", optimizer, epochs, 32, settings=settings)
+    return Task("contest", "a layer of one unit", narrow, "narrow", optimizer, epochs, 32, settings=settings)

@@ -47,12 +47,16 @@ def test_auroc_is_the_chance_to_outrank() -> None:
 def test_reports_name_every_arm_and_goal() -> None:
     table = Table([row("none", 0, 0.5), row("none", 1, 0.5), row("esper", 0, 0.75), row("esper", 1, 0.75)])
     goals = [["goal", "value"], ["gain & <more>", "25"]]
-    text = report.markdown(table, {"t": "about it"}, "opening", goals)
+    verdicts = {"gain": {"value": 25.0, "target": ">= 1", "met": True}}
+    written = report.Report("title", "opening", table, {"t": "about it"}, goals, verdicts)
+    text = written.markdown()
     assert "| esper | 2 | 75.00 | 0.00 | 25.00 ± 0.00 | – | – |" in text
     assert "about it" in text
-    page = report.page(table, {"t": "about it"}, "title", "opening", goals)
+    page = written.page()
     assert "gain &amp; &lt;more&gt;" in page
     assert "Plotly.newPlot('plot0'" in page
-    document = report.document(table.of("t", "esper"), {"gain": {"value": 25.0, "target": ">= 1", "met": True}})
+    document = written.document()
     assert document["goals"]["gain"]["met"] is True
-    assert [entry["metrics"]["accuracy"] for entry in document["rows"]] == [0.75, 0.75]
+    accuracies = {entry["arm"]: entry["metrics"]["accuracy"] for entry in document["rows"]}
+    assert accuracies == {"none": 0.5, "esper": 0.75}
+    assert [entry["seed"] for entry in document["rows"]] == [0, 1, 0, 1]

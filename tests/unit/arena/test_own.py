@@ -9,6 +9,7 @@ import pytest
 
 from esper_core.errors import EsperError, InvalidInput, NotFound
 from services.tolaria.arena.own import read_task
+from services.tolaria.arena.trial import probe, wrapped
 
 NETWORK = """
 from torch import nn
@@ -43,6 +44,20 @@ def test_they_are_used(run_file: Path) -> None:
     assert (task.name, task.epochs) == ("own", 3)
     assert [tuple(p.shape) for p in setup.model().parameters()][::2] == [(7, 3), (5, 7), (4, 5)]
     assert len(setup.data.train) + len(setup.data.validation) + len(setup.data.test) == 90
+
+
+def test_what_the_run_says_of_growing_holds_here_too(run_file: Path) -> None:
+    settings = (
+        "morphogenetic.spans=[['0', '2']]",
+        "morphogenetic.probe_samples=20",
+        "morphogenetic.budget_parameters=9",
+    )
+    task = read_task(str(run_file), settings)
+    setup = task.make(0)
+    assert list(wrapped(setup).slots) == ["0:2"]
+    assert sum(len(targets) for _, targets in probe(task, setup)) == 20
+    assert task.budget == 9
+    assert len(wrapped(read_task(str(run_file), ()).make(0)).slots) == 2
 
 
 @pytest.mark.parametrize(
