@@ -12,7 +12,7 @@ With h the input of the span, H1 the sink's input with a one appended, and G the
 
 Everything is a function of sums over rows, kept in float64 per fold of the probe, so memory does not grow with the probe and
 a delete-one jackknife over the folds costs no second pass. Any root of a moment gives the same singular values, so the roots
-are Cholesky factors of the damped moments: a triangular solve where an eigendecomposition would cost some thirty times as much.
+are Cholesky factors of the damped moments, which are several times cheaper than eigendecompositions.
 """
 
 from __future__ import annotations
