@@ -1,16 +1,5 @@
-"""One thread: networks this small lose by more, and lose most where others want the cores too."""
+"""These tests compute on one thread."""
 
-from __future__ import annotations
+from tests.unit.threads import one_thread
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

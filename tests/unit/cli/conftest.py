@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -126,3 +127,12 @@ def esperctl() -> Esperctl:
         return CliRunner().invoke(app, list(arguments))
 
     return call
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments that the process would have been replaced with."""
+    monkeypatch.delenv("ESPER_DATA_DIR", raising=False)
+    calls: list[list[str]] = []
+    monkeypatch.setattr(os, "execve", lambda path, arguments, environment: calls.append([path, *arguments]))
+    return calls

@@ -13,15 +13,6 @@ from esper_core.local.services import import_path
 
 
 @pytest.fixture
-def told(monkeypatch) -> list[list[str]]:
-    """Arguments that the process would have been replaced with."""
-    monkeypatch.delenv("ESPER_DATA_DIR", raising=False)
-    calls: list[list[str]] = []
-    monkeypatch.setattr(os, "execve", lambda path, arguments, environment: calls.append([path, *arguments]))
-    return calls
-
-
-@pytest.fixture
 def data_dir(tmp_path: Path) -> Path:
     """Three runs: the one that finished last is digits-a, wine-c has not."""
     for age, name in enumerate(("digits-a", "digits-b", "wine-c")):

@@ -12,15 +12,6 @@ from esper_core.local.services import import_path
 
 
 @pytest.fixture
-def told(monkeypatch) -> list[list[str]]:
-    """Arguments that the process would have been replaced with."""
-    monkeypatch.delenv("ESPER_DATA_DIR", raising=False)
-    calls: list[list[str]] = []
-    monkeypatch.setattr(os, "execve", lambda path, arguments, environment: calls.append([path, *arguments]))
-    return calls
-
-
-@pytest.fixture
 def run_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {host: mlp}\n")

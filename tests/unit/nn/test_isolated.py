@@ -14,17 +14,7 @@ from esper_core.blueprint.catalogue import catalogue
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.isolated import Lesson, amplify, prepare, scale_output, teach
 from esper_core.nn.probe import look
-from tests.unit.nn.hosts import LOSS, batches, equal, make, planted, train, wrapped
-
-
-@pytest.fixture
-def narrow() -> tuple[Host, Slot]:
-    """A host after a little training, and its bottleneck."""
-    host = wrapped("mlp", make("mlp", 1))
-    rule = torch.optim.Adam(host.parameters(), 1e-2)
-    for _ in range(4):
-        train(host, rule, batches("mlp", 8))
-    return host, host.slots["2:4"]
+from tests.unit.nn.hosts import LOSS, batches, equal, make, planted, wrapped
 
 
 def silent(slot: Slot, name: str = "bottleneck_mlp", **symbols: int) -> KernelModule:

@@ -18,7 +18,7 @@ from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot, wrap
 from esper_core.nn.probe import Batch, mean_loss
 from esper_core.nn.rehearsal import parted, rehearse
-from tests.unit.nn.hosts import LOSS, batches, equal, gradients, make, planted, train, wrapped
+from tests.unit.nn.hosts import LOSS, batches, equal, gradients, make, planted, wrapped
 
 BLUEPRINTS = {
     "mlp": "bottleneck_mlp",
@@ -38,16 +38,6 @@ def silent(slot: Slot, name: str = "bottleneck_mlp", seed: int = 0) -> tuple[Ker
 def practise(host: Host, graft: Graft, data: list[Batch], **changes: Any) -> float:
     options = {"steps": 40, "learning_rate": 1e-2, "seed": 5, "loss_fn": LOSS} | changes
     return rehearse(host, graft, data, options.pop("loss_fn"), **options)
-
-
-@pytest.fixture
-def narrow() -> tuple[Host, Slot]:
-    """A host after a little training, and its bottleneck."""
-    host = wrapped("mlp", make("mlp", 1))
-    rule = torch.optim.Adam(host.parameters(), 1e-2)
-    for _ in range(4):
-        train(host, rule, batches("mlp", 8))
-    return host, host.slots["2:4"]
 
 
 @WAYS

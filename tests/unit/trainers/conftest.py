@@ -1,16 +1,5 @@
-"""One thread: these networks are too small for more, and sums keep their order."""
+"""These tests compute on one thread."""
 
-from __future__ import annotations
+from tests.unit.threads import one_thread
 
-from collections.abc import Iterator
-
-import pytest
-import torch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]
