@@ -59,7 +59,7 @@ def compare(asked: argparse.Namespace, console: Console) -> int:
         accuracy = {arm: mean(table.points(task.name, arm)).value for arm in table.arms(task.name)}
         print(json.dumps({"task": task.name, "points": accuracy, "report": str(page)}))  # noqa: T201
     else:
-        console.print(report.text(table, task.name))
+        Console().print(report.text(table, task.name))
     console.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

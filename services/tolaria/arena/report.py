@@ -119,10 +119,15 @@ class Report:
 
 
 def text(table: Table, task: str) -> Grid:
-    """The task's lines for a terminal."""
-    grid = Grid(*HEAD, box=None)
+    """The task's lines for a terminal of eighty columns: what one looks at first."""
+    grid = Grid(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    wanted = [
+        HEAD.index(name) for name in ("arm", "n", "accuracy %", "± 95 %", "above none", "above esper", "added", "kept")
+    ]
+    for index in wanted:
+        grid.add_column(HEAD[index], justify="right" if index else "left", no_wrap=True)
     for line in lines(table, task):
-        grid.add_row(*line)
+        grid.add_row(*(line[index] for index in wanted))
     return grid
 
 
