@@ -112,6 +112,8 @@ class KernelCandidate(Noun):
     flops: int = Field(default=0, ge=0)
     foldable: bool = False
     forward_seconds: float = Field(default=0.0, ge=0)
+    learned: float | None = Field(default=None, le=1)
+    born_of: str = ""
 
     def cost(self, unit_parameters: int) -> int:
         """Parameters that the host will have more of in the end."""

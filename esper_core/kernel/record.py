@@ -26,6 +26,20 @@ class KernelStatus(enum.IntEnum):
     """Withdrawn after it had been validated."""
 
 
+class Lesson(BaseModel):
+    """How well a kernel learned one standard exercise for its interface."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=64)
+    level: int = Field(ge=1)
+    """How hard it is, from 1."""
+    explained: float = Field(le=1)
+    """Share of the held-back variance explained after training; below 0 is worse than adding nothing."""
+    steps: int = Field(ge=0)
+    """Training steps it took."""
+
+
 class Measurement(BaseModel):
     """What Urabrask measured on the artifact itself."""
 
@@ -51,6 +65,15 @@ class Measurement(BaseModel):
     """Timed repetitions."""
     target: str = Field(max_length=120)
     """Fingerprint of the machine kind it was measured on."""
+    lessons: tuple[Lesson, ...] = Field((), max_length=32)
+    """How well it learned the standard exercises; empty when none was given."""
+
+    @property
+    def learned(self) -> float | None:
+        """Mean share of the exercises that it learned; None when none was given."""
+        if not self.lessons:
+            return None
+        return sum(lesson.explained for lesson in self.lessons) / len(self.lessons)
 
 
 class KernelRecord(BaseModel):
@@ -70,3 +93,5 @@ class KernelRecord(BaseModel):
     """Signed statements: the build's, then the validation's."""
     interface_id: str = ""
     """Content id of the interface, for lookups."""
+    born_of: str = ""
+    """Principal that brought its blueprint to the library; set by the library."""

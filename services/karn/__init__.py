@@ -1,0 +1,1 @@
+"""The generative architect: invents blueprints, never code. No torch in this process."""
