@@ -118,7 +118,7 @@ class Grower:
         """
         began = time.perf_counter()
         loss = self.survey.loss() if train_loss is None else train_loss
-        self.survey.begin(loss)
+        self.survey.hear(loss)
         events: list[SeedEvent] = self._govern(epoch, loss)
         self._restored = False
         now = Boundary(self.plot, self.source, self.governor, epoch, loss, self._keep_snapshot, self._left_for)

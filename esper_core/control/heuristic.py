@@ -1,8 +1,9 @@
 """The heuristic policy: grow where the residual gradient, twice in a row and surely, says that it pays; otherwise wait.
 
 Pure: the same packet gives the same actions. Where: gain × share per added parameter. Whether: health and confidence past their
-thresholds in the last two evaluations. How much: the cheapest kernel that covers most of the singular spectrum, within budget. When every
-signal is mute because whole layers are dead, slots take turns.
+thresholds in the last two evaluations, or a layer that is wholly dead; and never a run that is about to solve its task by itself.
+How much: the cheapest kernel that covers most of the singular spectrum, within budget. When every signal is mute because whole
+layers are dead, slots take turns.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from esper_core.lifecycle import IN_FLIGHT, State
 
 ALIKE = 0.8
 """Share of the best slot's worth from which another counts as equally good."""
+PACE_EPOCHS = 2
+"""Epochs over which the pace of training is taken."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class HeuristicPolicy:
         )
 
     def _choose(self, packet: SystemStatePacket) -> tuple[list[Choice], list[Reason]]:
+        if on_its_way := self._on_its_way(packet):
+            return [], [on_its_way]
         busy = sum(slot.state in IN_FLIGHT for slot in packet.slots)
         room = min(self.settings.adaptations_per_epoch, packet.budget.adaptations, self.settings.in_flight - busy)
         if busy >= self.settings.in_flight:
@@ -96,6 +101,18 @@ class HeuristicPolicy:
             left = None if left is None else left - _cost(slot, choice.kernel)
         return choices, abstentions
 
+    def _on_its_way(self, packet: SystemStatePacket) -> Reason | None:
+        """Where the loss is heading without help: a run that will be done before a graft is judged needs none."""
+        first, losses = packet.first_loss, packet.loss_window
+        if not first or len(losses) <= PACE_EPOCHS or losses[-1 - PACE_EPOCHS] <= 0 or losses[-1] < 0:
+            return None
+        pace = min(1.0, losses[-1] / losses[-1 - PACE_EPOCHS]) ** (1 / PACE_EPOCHS)
+        left = losses[-1] * pace**self.settings.horizon_epochs / first
+        if left >= self.settings.solved:
+            return None
+        detail = f"at this pace {left:.1%} of the first loss will be left before a graft is judged"
+        return Reason(code=ReasonCode.ON_ITS_WAY, detail=detail, value=left, threshold=self.settings.solved)
+
     def _rank(self, epoch: int, slots: list[SlotState]) -> tuple[list[tuple[SlotState, list[Reason]]], list[Reason]]:
         worthy: list[tuple[float, SlotState, list[Reason]]] = []
         abstentions: list[Reason] = []
@@ -120,6 +137,9 @@ class HeuristicPolicy:
             return Reason(code=ReasonCode.EMBARGOED, detail=detail, value=slot.embargo_until_epoch)
         if slot.health.signal is None or health is None or not slot.evidence:
             return Reason(code=ReasonCode.NOT_MEASURED, detail=f"{slot.slot} was not measured at this epoch")
+        if slot.health.dead_unit_ratio == 1.0 and len(slot.evidence) > 1:
+            detail = f"{slot.slot}: no unit of the spanned layer ever fires"
+            return [Reason(code=ReasonCode.DEAD, detail=detail, value=1.0)]
         if health >= limit:
             return Reason(code=ReasonCode.HEALTHY, detail=f"{slot.slot} is healthy", value=health, threshold=limit)
         if len(slot.evidence) < 2:
@@ -162,8 +182,11 @@ class HeuristicPolicy:
         foldable = [offer for offer in offers if offer.foldable] or offers
         enough = [offer for offer in foldable if covered(offer) >= self.settings.coverage]
         if enough:
-            # At the same final cost, the kernel that has more to learn with in the meantime.
-            best = min(enough, key=lambda offer: (_cost(slot, offer), -offer.parameters, offer.kernel_id))
+            # At the same final cost, the kernel that learned its exercises better, or has more to learn with in the meantime.
+            best = min(
+                enough,
+                key=lambda offer: (_cost(slot, offer), -(offer.learned or 0.0), -offer.parameters, offer.kernel_id),
+            )
         else:
             best = max(foldable, key=lambda offer: (covered(offer), -_cost(slot, offer), offer.kernel_id))
         share = covered(best)

@@ -61,6 +61,10 @@ class ReasonCode(enum.IntEnum):
     """All signals are mute; slots take turns."""
     CONSERVATIVE = 13
     """The policy failed and the heuristic stood in."""
+    DEAD = 14
+    """Not one unit of the spanned layer ever fires: it cannot recover by itself."""
+    ON_ITS_WAY = 15
+    """At its present pace the run will have solved its task before a graft could be judged."""
 
 
 class GrowthSignal(Noun):
@@ -162,6 +166,7 @@ class SystemStatePacket(Noun):
     host_modules: tuple[str, ...] = ()
     host_edges: tuple[HostEdge, ...] = ()
     host_parameters: int = 0
+    first_loss: float | None = None
 
 
 class Reason(Noun):

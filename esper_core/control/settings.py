@@ -28,6 +28,10 @@ class HeuristicSettings(Settings):
     """At most this many germinations at one epoch boundary."""
     in_flight: int = Field(default=1, ge=1, le=64)
     """Grafts that may be under way at once; 1 keeps credit clear."""
+    solved: float = Field(default=0.05, ge=0, lt=1)
+    """Wait when, at its present pace, the run would by then have less than this share of its first loss left."""
+    horizon_epochs: int = Field(default=7, ge=0)
+    """Then: epochs from germination until a graft is judged."""
 
 
 class GovernorSettings(Settings):
@@ -54,7 +58,7 @@ class GrowthSettings(Settings):
     """Epochs that may lie between two evaluations: the time doubles with each one that finds all slots healthy."""
     share: float = Field(default=0.5, gt=0, lt=1)
     """Evidence threshold: share of the wanted update that the present span cannot make."""
-    gain_of_loss: float = Field(default=0.005, gt=0)
+    gain_of_loss: float = Field(default=0.002, gt=0)
     """Evidence threshold: first-order gain as a fraction of the loss that the run began with."""
     policy: HeuristicSettings = HeuristicSettings()
     governor: GovernorSettings = GovernorSettings()

@@ -107,9 +107,12 @@ class Survey:
             self.evidence[name].append(GrowthSignal(**asdict(reading.evidence)))
         self._plan(epoch)
 
-    def begin(self, loss: float) -> None:
-        """Take the run's first loss as the measure of gains; later ones change nothing."""
-        if self.first_loss is None and math.isfinite(loss):
+    def hear(self, loss: float) -> None:
+        """Note an epoch's loss. The run's first is the measure of gains; one that is not finite says nothing."""
+        if not math.isfinite(loss):
+            return
+        self.losses.append(loss)
+        if self.first_loss is None:
             self.first_loss = abs(loss)
 
     def due(self, epoch: int) -> bool:
@@ -151,7 +154,6 @@ class Survey:
         A loss that is not finite cannot travel: for training it is measured anew, on the host as it is after any rollback.
         """
         train_loss = train_loss if math.isfinite(train_loss) else self.loss()
-        self.losses.append(train_loss)
         host = self.plot.host
         signals = {signal.slot: signal for signal in self.health(seeds, epoch)}
         slots = tuple(
@@ -180,6 +182,7 @@ class Survey:
             host_modules=host.graph.modules,
             host_edges=tuple(HostEdge(source=a, target=b) for a, b in host.graph.edges),
             host_parameters=self.plot.parameters,
+            first_loss=self.first_loss,
         )
 
     def health(self, seeds: Mapping[str, Seed], epoch: int) -> tuple[HealthSignal, ...]:

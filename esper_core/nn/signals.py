@@ -44,7 +44,7 @@ class Thresholds:
     """When the evidence counts: share of the wanted update, and gain as a fraction of a loss of reference."""
 
     share: float = 0.5
-    gain_of_loss: float = 0.005
+    gain_of_loss: float = 0.002
 
     def need(self, share: float, gain_of_loss: float) -> float:
         """How far both are passed: 1 = just both, 0 = no sign at all."""

@@ -18,6 +18,7 @@ from esper_core.bus.envelope import Event, wrap
 from esper_core.bus.inbox import consume, watch
 from esper_core.bus.outbox import enqueue
 from esper_core.control.packet import AdaptationSignal, Command, KernelCandidate
+from esper_core.kernel.record import Measurement
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import kernel_pb2, lifecycle_pb2
 from esper_core.pb.esper.tamiyo.v1 import tamiyo_pb2_grpc
@@ -137,4 +138,6 @@ def _candidate(record: kernel_pb2.KernelRecord) -> KernelCandidate:
         flops=manifest.flops,
         foldable=width > 0,
         forward_seconds=record.measurement.forward_seconds,
+        learned=from_proto(record.measurement, Measurement).learned if record.HasField("measurement") else None,
+        born_of=record.born_of,
     )

@@ -172,7 +172,7 @@ def test_the_heuristic_says_why_it_waits() -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     defaults = GrowthSettings()
-    assert (defaults.embargo_epochs, defaults.share, defaults.gain_of_loss) == (5, 0.5, 0.005)
+    assert (defaults.embargo_epochs, defaults.share, defaults.gain_of_loss) == (5, 0.5, 0.002)
     assert (defaults.training_objective, defaults.policy.coverage) == ("task", 0.99)
     assert (defaults.policy.health_threshold, defaults.policy.confidence_threshold) == (0.3, 0.7)
     assert (defaults.policy.adaptations_per_epoch, defaults.policy.in_flight) == (2, 1)

@@ -266,6 +266,52 @@ def test_no_turns_while_anything_speaks(living: SlotState) -> None:
     assert ReasonCode.TURN not in reasons
 
 
+def test_at_equal_cost_the_kernel_that_learned_better_is_taken() -> None:
+    good = offer(4, "good", learned=0.8)
+    poor = offer(4, "poor", learned=0.2, parameters=4 * UNIT + 80)
+    cheap = offer(2, "cheap", learned=0.1)
+
+    def taken(*offers: KernelCandidate, spectrum: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> str:
+        needy = signal(spectrum=spectrum)
+        (action,) = decide(slot(candidates=offers, evidence=(needy, needy))).actions
+        return action.command.kernel_id
+
+    assert taken(poor, good) == good.kernel_id
+    assert taken(offer(4), good) == good.kernel_id  # one that was never taught counts as one that learned nothing
+    assert taken(good, cheap, spectrum=(1.0, 1.0)) == cheap.kernel_id
+
+
+def test_a_dead_layer_grows_though_its_signal_is_weak() -> None:
+    weak = signal(0.0, share=0.1)
+    (action,) = decide(slot("a:b", health=0.6, evidence=(weak, weak), dead=1.0), slot("c:d", health=0.9)).actions
+    assert action.command.slot == "a:b"
+    assert ReasonCode.DEAD in [reason.code for reason in action.reasons]
+    for living in (slot(health=0.6, evidence=(weak, weak), dead=0.99), slot(health=0.6, evidence=(weak,), dead=1.0)):
+        assert decide(living).actions == ()
+
+
+@pytest.mark.parametrize(
+    ("losses", "waits"),
+    [
+        # (1/2)^7 of 0.4 is left in seven epochs, a third of a hundredth; at a standstill all of it
+        ((1.6, 0.8, 0.4), True),
+        ((0.4, 0.4, 0.4), False),
+        ((0.3, 0.2, 0.4), False),
+        # already under a twentieth
+        ((0.04, 0.04, 0.04), True),
+        # two losses have no pace yet
+        ((0.04, 0.04), False),
+    ],
+)
+def test_a_run_that_solves_its_task_by_itself_is_left_alone(losses: tuple[float, ...], waits: bool) -> None:
+    packet = SystemStatePacket(run_id="run", epoch=10, slots=(slot(),), loss_window=losses, first_loss=1.0)
+    found = HeuristicPolicy().decide(packet)
+    assert bool(found.actions) != waits
+    assert (codes(found) == [ReasonCode.ON_ITS_WAY]) == waits
+    assert HeuristicPolicy(HeuristicSettings(solved=0.0)).decide(packet).actions
+    assert HeuristicPolicy().decide(packet.model_copy(update={"first_loss": None})).actions
+
+
 def test_silence_without_death_is_health() -> None:
     found = decide(mute("a:b", dead=0.0), mute("c:d", dead=0.9))
     assert found.actions == ()

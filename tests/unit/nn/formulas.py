@@ -144,4 +144,4 @@ def oracle(found: Sequence[Sight], positions: int) -> tuple[Figures, float]:
 
 
 def need(figures: Figures) -> float:
-    return min(figures.share / 0.5, figures.gain_of_loss / 0.005)
+    return min(figures.share / 0.5, figures.gain_of_loss / 0.002)

@@ -202,7 +202,7 @@ def test_health_is_a_third_where_both_thresholds_are_just_passed() -> None:
         return Evidence(**blank, share=share, gain_of_loss=of_loss, spectrum=(), samples=1, unit_parameters=1)
 
     assert health_of(evidence(0.5, 1.0), LIMITS) == pytest.approx(0.3)
-    assert health_of(evidence(1.0, 0.005), LIMITS) == pytest.approx(0.3)
+    assert health_of(evidence(1.0, LIMITS.gain_of_loss), LIMITS) == pytest.approx(0.3)
     assert health_of(evidence(0.49, 1.0), LIMITS) > 0.3
     assert health_of(evidence(0.6, 0.006), LIMITS) < 0.3
     assert health_of(evidence(0.0, 1.0), LIMITS) == 1
