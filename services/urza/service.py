@@ -9,6 +9,7 @@ from services.runtime import Platform, Service
 from services.urza.blueprints import Blueprints
 from services.urza.library import Library
 from services.urza.servicer import UrzaServicer
+from services.urza.verdicts import Verdicts
 
 NAME = "urza"
 SERVICE = "esper.urza.v1.UrzaService"
@@ -18,7 +19,9 @@ TRUST_FILE = "trust.json"
 async def build(platform: Platform) -> Service:
     """The library over the schema ``urza`` and the platform's blobs."""
     blueprints = Blueprints(platform.database)
-    library = Library(platform.database, platform.blobs, platform.endpoints.keys_dir / TRUST_FILE)
+    trust = platform.endpoints.keys_dir / TRUST_FILE
+    library = Library(platform.database, platform.blobs, trust)
     log.get(NAME).info("urza.seeded", new=await blueprints.seed())
     register = urza_pb2_grpc.add_UrzaServiceServicer_to_server
-    return Service(NAME, (ServedService(SERVICE, register, UrzaServicer(blueprints, library)),))
+    servicer = UrzaServicer(platform.database, blueprints, library, Verdicts(platform.database, trust))
+    return Service(NAME, (ServedService(SERVICE, register, servicer),))

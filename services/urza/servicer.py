@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.message import Message
 
 from esper_core.blueprint.ir import BlueprintIR
+from esper_core.bus.database import Pool
 from esper_core.errors import Corrupt, InvalidInput
 from esper_core.ids import sha256
 from esper_core.kernel.manifest import KernelManifest
@@ -20,7 +21,10 @@ from esper_core.rpc.auth import principal
 from esper_core.rpc.convert import from_proto, to_proto
 from services import page
 from services.urza.blueprints import Blueprints, StoredBlueprint
-from services.urza.library import Library, Query, Verdict, token_after
+from services.urza.library import Library
+from services.urza.lineage import LIMIT, Lineage, lineage
+from services.urza.query import Order, Query
+from services.urza.verdicts import Verdict, Verdicts
 
 M = TypeVar("M", bound=Message)
 PAGE_BYTES = 3 * 1024 * 1024
@@ -32,9 +36,11 @@ Context = grpc.aio.ServicerContext[object, object]
 class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
     """See ``protos/esper/urza/v1/urza.proto`` for what each call promises."""
 
-    def __init__(self, blueprints: Blueprints, library: Library) -> None:
+    def __init__(self, database: Pool, blueprints: Blueprints, library: Library, verdicts: Verdicts) -> None:
+        self._database = database
         self._blueprints = blueprints
         self._library = library
+        self._verdicts = verdicts
 
     async def UploadBlueprint(
         self, request: urza_pb2.UploadBlueprintRequest, _: Context
@@ -54,6 +60,13 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         token = str(found[len(fit) - 1].serial) if more else ""
         return urza_pb2.ListBlueprintsResponse(blueprints=fit, next_page_token=token)
 
+    async def GetLineage(self, request: urza_pb2.GetLineageRequest, _: Context) -> urza_pb2.GetLineageResponse:
+        stored = await self._blueprints.get(request.blueprint_id)
+        found = await lineage(
+            self._database, stored.blueprint_id, request.ancestors, request.descendants, request.limit or LIMIT
+        )
+        return _lineage(stored.blueprint_id, found)
+
     async def UploadKernel(
         self, requests: AsyncIterator[urza_pb2.UploadKernelRequest], _: Context
     ) -> urza_pb2.UploadKernelResponse:
@@ -69,21 +82,10 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         return urza_pb2.GetKernelResponse(kernel=_kernel(await self._library.get(request.kernel_id)))
 
     async def QueryKernels(self, request: urza_pb2.QueryKernelsRequest, _: Context) -> urza_pb2.QueryKernelsResponse:
-        query = Query(
-            interface_id=request.interface_id,
-            status=request.status,
-            required_tags=request.required_tags,
-            excluded_tags=request.excluded_tags,
-            max_parameters=request.max_parameters,
-            max_forward_seconds=request.max_forward_seconds,
-            blueprint_id=request.blueprint_id,
-            size=page.wanted(request.page_size),
-            token=request.page_token,
-        )
-        found, more = await self._library.query(query)
-        fit = _fitting(_kernel(one) for one in found)
+        found, more = await self._library.query(_query(request))
+        fit = _fitting(_kernel(one.record) for one in found)
         more = more or len(fit) < len(found)
-        token = token_after(found[len(fit) - 1]) if more else ""
+        token = found[len(fit) - 1].token if more else ""
         return urza_pb2.QueryKernelsResponse(kernels=fit, next_page_token=token)
 
     async def StreamKernel(
@@ -106,7 +108,7 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
             measurement=from_proto(request.measurement, Measurement) if request.HasField("measurement") else None,
             attestation=from_proto(request.attestation, Attestation) if request.HasField("attestation") else None,
         )
-        changed = await self._library.judge(request.kernel_id, verdict, principal())
+        changed = await self._verdicts.judge(request.kernel_id, verdict, principal())
         return urza_pb2.UpdateKernelStatusResponse(kernel=_kernel(changed))
 
 
@@ -146,6 +148,40 @@ def _blueprint(stored: StoredBlueprint) -> urza_pb2.GetBlueprintResponse:
         blueprint=to_proto(stored.blueprint, blueprint_pb2.BlueprintIR),
         created=stored.created.isoformat(),
         created_by=stored.created_by,
+    )
+
+
+def _lineage(blueprint_id: str, found: Lineage) -> urza_pb2.GetLineageResponse:
+    return urza_pb2.GetLineageResponse(
+        blueprint_id=blueprint_id,
+        relatives=[
+            urza_pb2.Relative(
+                blueprint_id=one.blueprint_id, name=one.name, created_by=one.created_by, generation=one.generation
+            )
+            for one in found.relatives
+        ],
+        descents=[urza_pb2.Descent(parent_id=parent, child_id=child) for parent, child in found.descents],
+        truncated=found.truncated,
+    )
+
+
+def _query(request: urza_pb2.QueryKernelsRequest) -> Query:
+    return Query(
+        interface_id=request.interface_id,
+        status=request.status,
+        required_tags=request.required_tags,
+        excluded_tags=request.excluded_tags,
+        preferred_tags=request.preferred_tags,
+        max_parameters=request.max_parameters,
+        max_forward_seconds=request.max_forward_seconds,
+        max_forward_seconds_p99=request.max_forward_seconds_p99,
+        max_memory_bytes=request.max_memory_bytes,
+        target=request.target,
+        blueprint_id=request.blueprint_id,
+        born_of=request.born_of,
+        order=Order(request.order or Order.PARAMETERS),
+        size=page.wanted(request.page_size),
+        token=request.page_token,
     )
 
 
