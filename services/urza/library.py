@@ -15,27 +15,34 @@ from pathlib import Path
 import asyncpg
 
 from esper_core.blueprint.analyse import analyse
-from esper_core.bus.database import Pool
-from esper_core.errors import Corrupt, InvalidInput, NotFound
+from esper_core.bus.database import Connection, Pool
+from esper_core.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
 from esper_core.ids import sha256
 from esper_core.kernel.manifest import KernelManifest
-from esper_core.kernel.record import KernelRecord
+from esper_core.kernel.record import KernelRecord, KernelStatus
 from esper_core.kernel.sign import Attestation
 from esper_core.kernel.trust import TrustList, verify_statement
 from esper_core.store.blobs import Blobs
 from services.urza.blueprints import SHORTEST_PREFIX
+from services.urza.copies import ATTEMPTS, Copies
 from services.urza.query import Place, Query, classes, value_column
 from services.urza.records import KERNEL, attest, kernel
+from services.urza.usage import Usage, usage
 
 CHUNK_BYTES = 128 * 1024
 
 
+BURIED = frozenset({KernelStatus.REJECTED, KernelStatus.RETIRED})
+"""As what a kernel was forgotten for good."""
+
+
 @dataclass(frozen=True)
-class Found:
-    """A kernel that was asked for, and the token of the page that begins after it."""
+class Kept:
+    """A kernel, what became of it in the field, and in a search the token of the page that begins after it."""
 
     record: KernelRecord
-    token: str
+    usage: Usage
+    token: str = ""
 
 
 class Library:
@@ -52,6 +59,7 @@ class Library:
         self._database = database
         self._blobs = blobs
         self._trust = trust
+        self._copies = Copies(database)
 
     async def check(self, manifest: KernelManifest, attestation: Attestation) -> None:
         """Judge a kernel's papers before its bytes are taken.
@@ -60,6 +68,7 @@ class Library:
             InvalidInput: the manifest's figures are not what its blueprint gives at its interface.
             Untrusted: the build statement is not by a listed build key about this manifest.
             NotFound: the blueprint is not in the library.
+            Conflict: the kernel was judged unfit or withdrawn, and forgotten.
         """
         analysis = analyse(manifest.blueprint, manifest.interface, manifest.symbols)
         if manifest.symbols != manifest.blueprint.bind(manifest.symbols):
@@ -76,12 +85,16 @@ class Library:
         )
         if not known:
             raise NotFound(f"no blueprint {manifest.blueprint_id}", hint="upload the blueprint first")
+        buried = await self._tombstone(manifest.kernel_id)
+        if buried is not None and KernelStatus(buried["status"]) in BURIED:
+            raise Conflict(_epitaph(buried), hint="build another kernel")
 
     async def put(self, manifest: KernelManifest, attestation: Attestation, blob: bytes, created_by: str) -> bool:
         """Keep a checked kernel as COMPILED; False when it was there already.
 
         Raises:
             Corrupt: blob and manifest disagree.
+            Conflict: the kernel was judged unfit or withdrawn, and forgotten.
             Unavailable: the blob store is away.
         """
         if len(blob) != manifest.blob_bytes or sha256(blob) != manifest.blob_sha256:
@@ -90,29 +103,16 @@ class Library:
                 f"{manifest.blob_bytes} with {manifest.blob_sha256[:12]}…",
                 hint="upload it again",
             )
-        await self._blobs.put(blob)
-        async with self._database.acquire() as connection, connection.transaction():
-            tag = await connection.execute(
-                """INSERT INTO urza.kernels
-                       (kernel_id, blueprint_id, interface_id, manifest,
-                        blob_sha256, blob_bytes, parameters, created_by, born_of)
-                   SELECT $1, blueprint_id, $3, $4, $5, $6, $7, $8, created_by
-                   FROM urza.blueprints WHERE blueprint_id = $2 ON CONFLICT DO NOTHING""",
-                manifest.kernel_id,
-                manifest.blueprint_id,
-                manifest.interface_id,
-                manifest.model_dump_json(),
-                manifest.blob_sha256,
-                manifest.blob_bytes,
-                manifest.parameters,
-                created_by,
-            )
-            created = bool(tag == "INSERT 0 1")
-            if created:
-                await attest(connection, manifest.kernel_id, "build", attestation)
-        return created
+        for _ in range(ATTEMPTS):
+            copy = await self._copies.claim(manifest.blob_sha256, len(blob))
+            await self._blobs.put(blob, copy.number)
+            async with self._database.acquire() as connection, connection.transaction():
+                if await self._copies.hold(connection, copy):
+                    return await _insert(connection, manifest, attestation, created_by)
+            await self._blobs.delete(copy.digest, copy.number)  # it was doomed while the bytes travelled
+        raise Unavailable(f"blob {manifest.blob_sha256} is being deleted again and again", hint="upload it again later")
 
-    async def get(self, wanted: str) -> KernelRecord:
+    async def get(self, wanted: str) -> Kept:
         """The kernel of that id or prefix.
 
         Raises:
@@ -126,11 +126,13 @@ class Library:
             wanted,
         )
         if not rows:
-            raise NotFound(f"no kernel {wanted}", hint="`esperctl kernel list` shows what there is")
+            buried = await self._tombstone(wanted)
+            said = f"no kernel {wanted}" if buried is None else _epitaph(buried)
+            raise NotFound(said, hint="`esperctl kernel list` shows what there is")
         if len(rows) > 1:
             some = ", ".join(sorted(row["kernel_id"][:24] for row in rows))
             raise InvalidInput(f"several kernels begin with {wanted!r}", hint=f"give more digits: {some}")
-        return kernel(rows[0])
+        return Kept(kernel(rows[0]), usage(rows[0]))
 
     async def stream(self, manifest: KernelManifest, offset: int) -> AsyncIterator[tuple[int, bytes]]:
         """The blob from ``offset`` on: positions and at most 128 KiB each. The whole is verified before the first byte.
@@ -143,14 +145,17 @@ class Library:
             raise InvalidInput(
                 f"offset {offset} is past the end of {manifest.blob_bytes} bytes", hint="start over from offset 0"
             )
+        number = await self._copies.live(manifest.blob_sha256)
         try:
-            blob = await self._blobs.get(manifest.blob_sha256)
+            if number is None:
+                raise NotFound(f"no blob {manifest.blob_sha256}")
+            blob = await self._blobs.get(manifest.blob_sha256, number)
         except NotFound:
             raise Corrupt(f"the blob of {manifest.kernel_id} is gone", hint="have the kernel built anew") from None
         for start in range(offset, len(blob), CHUNK_BYTES):
             yield start, blob[start : start + CHUNK_BYTES]
 
-    async def query(self, query: Query) -> tuple[list[Found], bool]:
+    async def query(self, query: Query) -> tuple[list[Kept], bool]:
         """Kernels that ``query`` asks for, in its order, and whether there are more.
 
         Raises:
@@ -167,10 +172,48 @@ class Library:
                 if len(found) > query.size:
                     break
 
-        def read() -> list[Found]:
+        def read() -> list[Kept]:
             return [
-                Found(kernel(row), Place(cls, row[column], row["kernel_id"]).token())
+                Kept(kernel(row), usage(row), Place(cls, row[column], row["kernel_id"]).token())
                 for cls, row in found[: query.size]
             ]
 
         return await asyncio.to_thread(read), len(found) > query.size
+
+    async def _tombstone(self, kernel_id: str) -> asyncpg.Record | None:
+        return await self._database.fetchrow(
+            "SELECT kernel_id, status, reason FROM urza.tombstones WHERE kernel_id = $1", kernel_id
+        )
+
+
+def _epitaph(buried: asyncpg.Record) -> str:
+    said = f"{buried['kernel_id']} was {KernelStatus(buried['status']).name} and has been forgotten"
+    return f"{said}: {buried['reason']}" if buried["reason"] else said
+
+
+async def _insert(connection: Connection, manifest: KernelManifest, attestation: Attestation, created_by: str) -> bool:
+    """Write the row and its build statement; False when it was there already."""
+    try:
+        async with connection.transaction():
+            tag = await connection.execute(
+                """INSERT INTO urza.kernels
+                       (kernel_id, blueprint_id, interface_id, manifest,
+                        blob_sha256, blob_bytes, parameters, created_by, born_of)
+                   SELECT $1, blueprint_id, $3, $4, $5, $6, $7, $8, created_by
+                   FROM urza.blueprints WHERE blueprint_id = $2 ON CONFLICT DO NOTHING""",
+                manifest.kernel_id,
+                manifest.blueprint_id,
+                manifest.interface_id,
+                manifest.model_dump_json(),
+                manifest.blob_sha256,
+                manifest.blob_bytes,
+                manifest.parameters,
+                created_by,
+            )
+    except asyncpg.RestrictViolationError:  # forgotten between the check of its papers and now
+        raise Conflict(f"{manifest.kernel_id} has been forgotten for good", hint="build another kernel") from None
+    created = bool(tag == "INSERT 0 1")
+    if created:
+        await connection.execute("DELETE FROM urza.tombstones WHERE kernel_id = $1", manifest.kernel_id)
+        await attest(connection, manifest.kernel_id, "build", attestation)
+    return created

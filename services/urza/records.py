@@ -14,14 +14,16 @@ from esper_core.kernel.sign import Attestation, Role
 KERNEL = """
 SELECT k.kernel_id, k.manifest, k.status, k.reason, k.tags, k.measurement, k.interface_id, k.parameters,
     k.speed, k.interest, k.serial, k.revision, k.born_of,
+    u.streams, u.fossilized, u.culled, u.rolled_back, u.measured, u.contribution,
+    (SELECT last_value FROM urza.deeds) AS deeds,
     (SELECT coalesce(jsonb_agg(jsonb_build_object(
             'payload_type', a.payload_type, 'payload', translate(encode(a.payload, 'base64'), E'\\n', ''),
             'key_id', a.key_id, 'signature', translate(encode(a.signature, 'base64'), E'\\n', ''))
         ORDER BY a.role), '[]')
      FROM urza.attestations a WHERE a.kernel_id = k.kernel_id) AS attestations
-FROM urza.kernels k
+FROM urza.kernels k LEFT JOIN urza.usage u ON u.kernel_id = k.kernel_id
 """
-"""Selects kernels with their attestations, the build's first (roles sort so)."""
+"""Selects kernels with what became of them in the field and with their attestations, the build's first (roles sort so)."""
 
 
 def kernel(row: asyncpg.Record) -> KernelRecord:
