@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,8 +10,10 @@ import typer
 from rich.console import RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
+from esper_core.cli import query
 from esper_core.cli.command import Invocation, command, noun
 from esper_core.cli.output import cell, console, enum_name, enum_value, fields, number, plain, short, table
+from esper_core.cli.query import StatusName, interface_of
 from esper_core.cli.resolve import LATEST, kernel_of, run_of, slot_of
 from esper_core.cli.seed import ordered
 from esper_core.ids import new_id
@@ -21,19 +22,11 @@ from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 
 app = noun("kernel", "Kernels: blueprints built for a slot, measured and signed.")
+query.register(app)
 
 KernelArgument = Annotated[str, typer.Argument(help="The kernel's id or a prefix of it.")]
 RunOption = Annotated[str, typer.Option("--run", "-r", help="The run: a name, a prefix, or latest.")]
 SlotOption = Annotated[str | None, typer.Option("--slot", "-s", help="Only those that fit this slot of the run.")]
-
-
-class StatusName(enum.StrEnum):
-    """What is known of a kernel's fitness."""
-
-    COMPILED = "compiled"
-    VALIDATED = "validated"
-    REJECTED = "rejected"
-    RETIRED = "retired"
 
 
 @command(app, "list")
@@ -56,12 +49,7 @@ async def list_kernels(
         request.status = enum_value(KernelStatus.DESCRIPTOR, status.name)
     async with call.platform() as platform:
         if slot is not None:
-            from esper_core.blueprint.interface import SlotInterface
-            from esper_core.rpc.convert import from_proto
-
-            found = await run_of(platform, run)
-            interfaces = {item.slot: item.interface for item in found.slots}
-            request.interface_id = from_proto(interfaces[slot_of(found, slot)], SlotInterface).id
+            request.interface_id = await interface_of(platform, slot, run)
         if blueprint is not None:
             named = await platform.urza.GetBlueprint(urza_pb2.GetBlueprintRequest(blueprint_id=blueprint))
             request.blueprint_id = named.blueprint_id

@@ -1,5 +1,6 @@
 """Content-addressed bytes on S3: named by their SHA-256, verified on every read.
 
+A blob may have several copies, each with a number: a copy that is being deleted is not the one that is being written.
 The store is trusted with nothing: not to keep what it was given, not to honour conditions. What is read whole is
 hashed; a range read cannot be and is for readers that hash the whole by themselves.
 """
@@ -69,7 +70,7 @@ class Blobs:
             raise
         return blobs
 
-    async def put(self, data: bytes) -> str:
+    async def put(self, data: bytes, copy: int = 0) -> str:
         """Store ``data`` and return its name; bytes that are there already are not sent again.
 
         Raises:
@@ -79,20 +80,20 @@ class Blobs:
         if len(data) > MAX_BLOB:
             raise InvalidInput(f"a blob of {len(data)} bytes is larger than {MAX_BLOB}")
         digest = sha256(data)
-        if await self._size(digest) == len(data):
+        if await self._size(digest, copy) == len(data):
             with contextlib.suppress(Corrupt, NotFound):
-                await self.get(digest)
+                await self.get(digest, copy)
                 return digest
             _log.error("store.blob_replaced", sha256=digest, bytes=len(data))
         try:
-            await self._s3.put_object(Bucket=self._bucket, Key=_key(digest), Body=data)
+            await self._s3.put_object(Bucket=self._bucket, Key=_key(digest, copy), Body=data)
         except (BotoCoreError, ClientError) as error:
             raise self._translated(error, digest) from error
-        if await self._size(digest) != len(data):
+        if await self._size(digest, copy) != len(data):
             raise Unavailable(f"the blob store did not keep {digest}", hint="its disk may be full")
         return digest
 
-    async def get(self, digest: str) -> bytes:
+    async def get(self, digest: str, copy: int = 0) -> bytes:
         """The bytes named ``digest``.
 
         Raises:
@@ -100,7 +101,7 @@ class Blobs:
             Corrupt: the store returned other bytes.
             Unavailable: the store is away.
         """
-        data = await self._read(digest)
+        data = await self._read(digest, copy)
         if sha256(data) != digest:
             _log.error("store.blob_corrupt", sha256=digest, bytes=len(data))
             raise Corrupt(
@@ -122,16 +123,16 @@ class Blobs:
             raise NotFound(f"no blob {digest}")
         if offset >= total:
             return b""
-        return await self._read(digest, f"bytes={offset}-{min(offset + size, total) - 1}")
+        return await self._read(digest, span=f"bytes={offset}-{min(offset + size, total) - 1}")
 
-    async def exists(self, digest: str) -> bool:
+    async def exists(self, digest: str, copy: int = 0) -> bool:
         """Whether a blob of that name is there; says nothing about its bytes."""
-        return await self._size(digest) is not None
+        return await self._size(digest, copy) is not None
 
-    async def delete(self, digest: str) -> None:
+    async def delete(self, digest: str, copy: int = 0) -> None:
         """Remove a blob; one that is not there is no error."""
         try:
-            await self._s3.delete_object(Bucket=self._bucket, Key=_key(digest))
+            await self._s3.delete_object(Bucket=self._bucket, Key=_key(digest, copy))
         except (BotoCoreError, ClientError) as error:
             if not isinstance(translated := self._translated(error, digest), NotFound):
                 raise translated from error
@@ -159,20 +160,20 @@ class Blobs:
         except (BotoCoreError, ClientError) as error:
             raise self._translated(error, f"bucket {self._bucket}") from error
 
-    async def _size(self, digest: str) -> int | None:
+    async def _size(self, digest: str, copy: int = 0) -> int | None:
         try:
-            head = await self._s3.head_object(Bucket=self._bucket, Key=_key(digest))
+            head = await self._s3.head_object(Bucket=self._bucket, Key=_key(digest, copy))
         except (BotoCoreError, ClientError) as error:
             if isinstance(translated := self._translated(error, digest), NotFound):
                 return None
             raise translated from error
         return int(head["ContentLength"])
 
-    async def _read(self, digest: str, span: str | None = None) -> bytes:
+    async def _read(self, digest: str, copy: int = 0, span: str | None = None) -> bytes:
         extra = {"Range": span} if span else {}
         for _ in range(ATTEMPTS):
             try:
-                answer = await self._s3.get_object(Bucket=self._bucket, Key=_key(digest), **extra)
+                answer = await self._s3.get_object(Bucket=self._bucket, Key=_key(digest, copy), **extra)
                 async with answer["Body"] as body:
                     return bytes(await body.read())
             except (BotoCoreError, ClientError) as error:
@@ -180,7 +181,7 @@ class Blobs:
             except (aiohttp.ClientError, OSError):
                 # The transfer broke off: because the store went away, which this tells, or because the bytes are not
                 # there, which is so when it breaks off every time.
-                await self._size(digest)
+                await self._size(digest, copy)
         raise Corrupt(f"the blob store breaks off {digest} every time", hint="store it again: that replaces the bytes")
 
     def _translated(self, error: BotoCoreError | ClientError, what: str) -> EsperError:
@@ -203,7 +204,7 @@ def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def _key(digest: str) -> str:
+def _key(digest: str, copy: int = 0) -> str:
     if not _DIGEST.match(digest):
         raise InvalidInput(f"{digest!r} names no blob", hint="a blob's name is the hex SHA-256 of its bytes")
-    return f"sha256/{digest[:2]}/{digest}"
+    return f"sha256/{digest[:2]}/{digest}" + (f".{copy}" if copy else "")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from esper_core import log
+from esper_core.bus import subjects
+from esper_core.bus.inbox import consume
 from esper_core.pb.esper.urza.v1 import urza_pb2_grpc
 from esper_core.rpc.server import ServedService
 from services.runtime import Platform, Service
 from services.urza.blueprints import Blueprints
 from services.urza.library import Library
+from services.urza.retention import Retention
 from services.urza.servicer import UrzaServicer
+from services.urza.usage import Field
+from services.urza.verdicts import Verdicts
 
 NAME = "urza"
 SERVICE = "esper.urza.v1.UrzaService"
@@ -18,7 +25,26 @@ TRUST_FILE = "trust.json"
 async def build(platform: Platform) -> Service:
     """The library over the schema ``urza`` and the platform's blobs."""
     blueprints = Blueprints(platform.database)
-    library = Library(platform.database, platform.blobs, platform.endpoints.keys_dir / TRUST_FILE)
+    trust = platform.endpoints.keys_dir / TRUST_FILE
+    library = Library(platform.database, platform.blobs, trust)
     log.get(NAME).info("urza.seeded", new=await blueprints.seed())
     register = urza_pb2_grpc.add_UrzaServiceServicer_to_server
-    return Service(NAME, (ServedService(SERVICE, register, UrzaServicer(blueprints, library)),))
+    field = Field(platform.database)
+    reports = partial(
+        consume,
+        platform.database,
+        platform.bus,
+        durable="urza-usage",
+        subjects=(subjects.FIELD_REPORTS.all,),
+        handler=field.handle,
+        ordered=False,
+    )
+    servicer = UrzaServicer(
+        platform.database,
+        blueprints,
+        library,
+        Verdicts(platform.database, trust),
+        Retention(platform.database, platform.blobs),
+        field,
+    )
+    return Service(NAME, (ServedService(SERVICE, register, servicer),), (reports,))

@@ -9,18 +9,23 @@ import grpc
 from google.protobuf.message import Message
 
 from esper_core.blueprint.ir import BlueprintIR
+from esper_core.bus.database import Pool
 from esper_core.errors import Corrupt, InvalidInput
 from esper_core.ids import sha256
 from esper_core.kernel.manifest import KernelManifest
-from esper_core.kernel.record import KernelRecord, KernelStatus, Measurement
+from esper_core.kernel.record import KernelStatus, Measurement
 from esper_core.kernel.sign import Attestation
-from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2, urza_pb2_grpc
 from esper_core.rpc.auth import principal
-from esper_core.rpc.convert import from_proto, to_proto
+from esper_core.rpc.convert import from_proto
 from services import page
-from services.urza.blueprints import Blueprints, StoredBlueprint
-from services.urza.library import Library, Query, Verdict, token_after
+from services.urza import wire
+from services.urza.blueprints import Blueprints
+from services.urza.library import Library
+from services.urza.lineage import LIMIT, lineage
+from services.urza.retention import KEEP_UNUSED, Retention
+from services.urza.usage import READER, Field
+from services.urza.verdicts import Verdict, Verdicts
 
 M = TypeVar("M", bound=Message)
 PAGE_BYTES = 3 * 1024 * 1024
@@ -32,9 +37,21 @@ Context = grpc.aio.ServicerContext[object, object]
 class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
     """See ``protos/esper/urza/v1/urza.proto`` for what each call promises."""
 
-    def __init__(self, blueprints: Blueprints, library: Library) -> None:
+    def __init__(
+        self,
+        database: Pool,
+        blueprints: Blueprints,
+        library: Library,
+        verdicts: Verdicts,
+        retention: Retention,
+        field: Field,
+    ) -> None:
+        self._database = database
         self._blueprints = blueprints
         self._library = library
+        self._verdicts = verdicts
+        self._retention = retention
+        self._field = field
 
     async def UploadBlueprint(
         self, request: urza_pb2.UploadBlueprintRequest, _: Context
@@ -43,16 +60,23 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         return urza_pb2.UploadBlueprintResponse(blueprint_id=ir.id, created=await self._blueprints.put(ir, principal()))
 
     async def GetBlueprint(self, request: urza_pb2.GetBlueprintRequest, _: Context) -> urza_pb2.GetBlueprintResponse:
-        return _blueprint(await self._blueprints.get(request.blueprint_id))
+        return wire.blueprint(await self._blueprints.get(request.blueprint_id))
 
     async def ListBlueprints(
         self, request: urza_pb2.ListBlueprintsRequest, _: Context
     ) -> urza_pb2.ListBlueprintsResponse:
         found, more = await self._blueprints.newest(page.wanted(request.page_size), request.page_token)
-        fit = _fitting(_blueprint(one) for one in found)
+        fit = _fitting(wire.blueprint(one) for one in found)
         more = more or len(fit) < len(found)
         token = str(found[len(fit) - 1].serial) if more else ""
         return urza_pb2.ListBlueprintsResponse(blueprints=fit, next_page_token=token)
+
+    async def GetLineage(self, request: urza_pb2.GetLineageRequest, _: Context) -> urza_pb2.GetLineageResponse:
+        stored = await self._blueprints.get(request.blueprint_id)
+        found = await lineage(
+            self._database, stored.blueprint_id, request.ancestors, request.descendants, request.limit or LIMIT
+        )
+        return wire.lineage(stored.blueprint_id, found)
 
     async def UploadKernel(
         self, requests: AsyncIterator[urza_pb2.UploadKernelRequest], _: Context
@@ -66,35 +90,38 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         return urza_pb2.UploadKernelResponse(kernel_id=manifest.kernel_id, created=created)
 
     async def GetKernel(self, request: urza_pb2.GetKernelRequest, _: Context) -> urza_pb2.GetKernelResponse:
-        return urza_pb2.GetKernelResponse(kernel=_kernel(await self._library.get(request.kernel_id)))
+        kept = await self._library.get(request.kernel_id)
+        return urza_pb2.GetKernelResponse(kernel=wire.kernel(kept.record), usage=wire.usage(kept.usage))
 
     async def QueryKernels(self, request: urza_pb2.QueryKernelsRequest, _: Context) -> urza_pb2.QueryKernelsResponse:
-        query = Query(
-            interface_id=request.interface_id,
-            status=request.status,
-            required_tags=request.required_tags,
-            excluded_tags=request.excluded_tags,
-            max_parameters=request.max_parameters,
-            max_forward_seconds=request.max_forward_seconds,
-            blueprint_id=request.blueprint_id,
-            size=page.wanted(request.page_size),
-            token=request.page_token,
-        )
-        found, more = await self._library.query(query)
-        fit = _fitting(_kernel(one) for one in found)
+        found, more = await self._library.query(wire.query(request))
+        fit = _fitting(wire.kernel(one.record) for one in found)
         more = more or len(fit) < len(found)
-        token = token_after(found[len(fit) - 1]) if more else ""
-        return urza_pb2.QueryKernelsResponse(kernels=fit, next_page_token=token)
+        token = found[len(fit) - 1].token if more else ""
+        usage = [wire.usage(one.usage) for one in found[: len(fit)]]
+        return urza_pb2.QueryKernelsResponse(kernels=fit, next_page_token=token, usage=usage)
 
     async def StreamKernel(
         self, request: urza_pb2.StreamKernelRequest, _: Context
     ) -> AsyncIterator[urza_pb2.StreamKernelResponse]:
-        record = await self._library.get(request.kernel_id)
+        record = (await self._library.get(request.kernel_id)).record
+        if principal() == READER and request.offset == 0:
+            await self._field.fetched(record.manifest.kernel_id)
         chunks = self._library.stream(record.manifest, request.offset)
-        yield urza_pb2.StreamKernelResponse(record=_kernel(record))
+        yield urza_pb2.StreamKernelResponse(record=wire.kernel(record))
         async for offset, data in chunks:
             chunk = urza_pb2.KernelChunk(offset=offset, data=data, sha256=sha256(data))
             yield urza_pb2.StreamKernelResponse(chunk=chunk)
+
+    async def CollectGarbage(
+        self, request: urza_pb2.CollectGarbageRequest, _: Context
+    ) -> AsyncIterator[urza_pb2.CollectGarbageResponse]:
+        keep = request.keep_unused if request.HasField("keep_unused") else KEEP_UNUSED
+        if request.dry_run:
+            yield wire.progress(await self._retention.foresee(keep))
+            return
+        async for progress in self._retention.collect(keep):
+            yield wire.progress(progress)
 
     async def UpdateKernelStatus(
         self, request: urza_pb2.UpdateKernelStatusRequest, _: Context
@@ -106,8 +133,8 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
             measurement=from_proto(request.measurement, Measurement) if request.HasField("measurement") else None,
             attestation=from_proto(request.attestation, Attestation) if request.HasField("attestation") else None,
         )
-        changed = await self._library.judge(request.kernel_id, verdict, principal())
-        return urza_pb2.UpdateKernelStatusResponse(kernel=_kernel(changed))
+        changed = await self._verdicts.judge(request.kernel_id, verdict, principal())
+        return urza_pb2.UpdateKernelStatusResponse(kernel=wire.kernel(changed))
 
 
 def _fitting(messages: Iterable[M]) -> list[M]:
@@ -138,16 +165,3 @@ async def _gather(requests: AsyncIterator[urza_pb2.UploadKernelRequest], size: i
         if len(blob) > size:
             raise Corrupt(f"more than the {size} bytes that the manifest promises", hint="upload it again")
     return bytes(blob)
-
-
-def _blueprint(stored: StoredBlueprint) -> urza_pb2.GetBlueprintResponse:
-    return urza_pb2.GetBlueprintResponse(
-        blueprint_id=stored.blueprint_id,
-        blueprint=to_proto(stored.blueprint, blueprint_pb2.BlueprintIR),
-        created=stored.created.isoformat(),
-        created_by=stored.created_by,
-    )
-
-
-def _kernel(record: KernelRecord) -> kernel_pb2.KernelRecord:
-    return to_proto(record, kernel_pb2.KernelRecord)

@@ -40,7 +40,7 @@ LISTENERS = {
     subjects.BLUEPRINT_SUBMITTED: {"tezzeret-builds", "urabrask-warm", "nissa"},
     subjects.KERNEL_READY: {"urabrask-kernels", "nissa"},
     subjects.KERNEL_CHARACTERIZED: {"nissa"},
-    subjects.FIELD_REPORTS: {"tamiyo-experience", "nissa"},
+    subjects.FIELD_REPORTS: {"tamiyo-experience", "urza-usage", "nissa"},
 }
 INTERFACE = blueprint_pb2.SlotInterface(
     layout=blueprint_pb2.LAYOUT_FEATURES, in_width=64, out_width=64, hidden_width=2, activation="relu", foldable=True
