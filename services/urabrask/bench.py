@@ -6,17 +6,22 @@ protect against. What is wrong with a kernel is an answer (``unfit``), not an er
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from esper_core.blueprint.analyse import analyse
+from esper_core.blueprint.build import KernelModule
 from esper_core.errors import Corrupt, InvalidInput
 from esper_core.kernel.manifest import KernelManifest
 from esper_core.kernel.pack import load
+from esper_core.kernel.record import Lesson
+from esper_core.nn.lessons import study
 from services.sandbox import Job, serve
 from services.urabrask.measure import batch_for, measure
-from services.urabrask.safety import ROWS, Make, Unfit, check
+from services.urabrask.safety import ROWS, Unfit, check
 
 
 def safety(job: Job) -> Job:
@@ -34,12 +39,13 @@ def benchmark(job: Job) -> Job:
     try:
         manifest, make, batch = _kernel(job)
         found = measure(make, manifest.interface, batch)
+        lessons = tuple(Lesson(**asdict(mark)) for mark in study(make))
     except Unfit as finding:
         return {"unfit": str(finding)}
-    return {"measurement": found.model_dump(mode="json")}
+    return {"measurement": found.model_copy(update={"lessons": lessons}).model_dump(mode="json")}
 
 
-def _kernel(job: Job) -> tuple[KernelManifest, Make, int]:
+def _kernel(job: Job) -> tuple[KernelManifest, Callable[[], KernelModule], int]:
     manifest = KernelManifest.model_validate(job["manifest"])
     blob = Path(job["blob"]).read_bytes()
     try:
