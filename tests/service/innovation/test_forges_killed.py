@@ -30,11 +30,13 @@ from esper_core.store.postgres import migrate
 from services.tezzeret import builds
 from services.tezzeret.builds import Wish
 from services.tezzeret.toolchain import here
+from services.tezzeret.worker import MAX_FAILURES
 from tests.service.innovation.papers import interface
 from tests.service.platform import Stage
 
 INTERFACES = 25  # eight kernels each
-KILLS = 24
+KILLS = 10
+BETWEEN = 0, 15  # builds done between an order and the kill
 PAUSE = 0, 0.012  # seconds between a claim and the kill: a build takes longer
 LEASE_SECONDS = 1.5
 PATIENCE = 200.0
@@ -154,15 +156,22 @@ def wished(interfaces: int) -> list[Wish]:
 async def storm(stage: Stage, smithies: list[Smithy], wishes: list[Wish], chance: random.Random) -> Counter[str]:
     """Order piece by piece, and strike forges that are at work; how often each kind of victim died."""
     killed: Counter[str] = Counter()
+    struck: Counter[str] = Counter()
     pieces = [wishes[start :: KILLS + 1] for start in range(KILLS + 1)]
     for piece in pieces[:-1]:
         await order(stage, piece)
+        await progress(stage, chance.randint(*BETWEEN))
         victim = chance.choice(("forge", "forge", "child"))
         while True:
             async with asyncio.timeout(PATIENCE):
-                pid = await working(stage)
+                held = await working(stage, smithies)
             await asyncio.sleep(chance.uniform(*PAUSE))
-            target = next((smithy for smithy in smithies if smithy.pid == pid), None) or chance.choice(smithies)
+            target = chance.choice(smithies)
+            if held is not None:
+                pid, build_id = held
+                target = next(smithy for smithy in smithies if smithy.pid == pid)
+                victim = "forge" if struck[build_id] == MAX_FAILURES - 1 else victim
+                struck[build_id] += victim == "child"
             if await target.strike(victim):
                 killed[victim] += 1
                 break
@@ -178,14 +187,27 @@ async def order(stage: Stage, wishes: list[Wish]) -> None:
         await connection.execute("SELECT pg_notify('esper_news', 'tezzeret')")
 
 
-async def working(stage: Stage) -> int | None:
-    """The process of a forge that holds a build; None when there is nothing left to do."""
+async def progress(stage: Stage, number: int) -> None:
+    """Return when so many more builds are done."""
+    count = "SELECT count(*) FROM tezzeret.builds WHERE state = 3"
+    goal = await stage.database.fetchval(count) + number
+    async with asyncio.timeout(PATIENCE):
+        while await stage.database.fetchval(count) < goal:  # noqa: ASYNC110
+            await asyncio.sleep(0.003)
+
+
+async def working(stage: Stage, smithies: list[Smithy]) -> tuple[int, str] | None:
+    """A living forge's process and the build it holds; None when there is nothing left to do."""
     while True:
-        pid = await stage.database.fetchval(
-            "SELECT pid FROM tezzeret.builds JOIN tezzeret.forges ON forge = claimed_by WHERE lease_until > now() LIMIT 1"
+        row = await stage.database.fetchrow(
+            "SELECT pid, build_id FROM tezzeret.builds JOIN tezzeret.forges ON forge = claimed_by"
+            " WHERE lease_until > now() AND pid = ANY($1) LIMIT 1",
+            [smithy.pid for smithy in smithies],
         )
-        if pid or not await stage.database.fetchval("SELECT count(*) FROM tezzeret.builds WHERE state IN (1, 2)"):
-            return pid
+        if row is not None:
+            return row["pid"], row["build_id"]
+        if not await stage.database.fetchval("SELECT count(*) FROM tezzeret.builds WHERE state IN (1, 2)"):
+            return None
         await asyncio.sleep(0.003)
 
 
