@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from esper_core import errors
-from esper_core.errors import DeadlineExceeded, Exhausted, Internal
+from esper_core.errors import DeadlineExceeded, Exhausted, Internal, Refused
 from services.sandbox import MAX_LINE, Job, Limits
 
 _ROOT = str(Path(__file__).resolve().parents[1])
@@ -72,6 +72,8 @@ class WarmChild:
                 raise
         if "error" in answer:
             told = answer["error"]
+            if told.get("code"):
+                raise Refused(told["message"], hint=told["hint"], code=told["code"])
             raise _KINDS.get(told["kind"], Internal)(told["message"], hint=told["hint"])
         result: Job = answer["ok"]
         return result

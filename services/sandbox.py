@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from esper_core.errors import EsperError
+from esper_core.errors import EsperError, Refused
 
 Job = dict[str, Any]
 Work = Callable[[Job], Job]
@@ -61,7 +61,8 @@ def serve(works: Mapping[str, Work]) -> None:
     """Answer jobs from stdin until it closes or nothing came for a while.
 
     A job is ``{"do": NAME, …}``; its answer is ``{"ok": …}`` or ``{"error": {"kind", "message", "hint"}}``, where
-    ``kind`` is a class of ``esper_core.errors``. What the work prints goes to stderr, never between the answers.
+    ``kind`` is a class of ``esper_core.errors``; a refusal also has its ``code``. What the work prints goes to stderr,
+    never between the answers.
     Limits come as JSON in the first argument, the scratch directory in the second. Import what is large before, so
     that it does not count as memory used.
     """
@@ -85,7 +86,8 @@ def _answer(works: Mapping[str, Work], line: bytes) -> Job:
         job = json.loads(line)
         return {"ok": works[job["do"]](job)}
     except EsperError as error:
-        return {"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint}}
+        code = error.code if isinstance(error, Refused) else ""
+        return {"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint, "code": code}}
     except MemoryError:
         return {"error": {"kind": "Exhausted", "message": "the job needs more memory than it may use", "hint": ""}}
     except RuntimeError as error:  # torch reports shapes that do not fit and failed allocations this way

@@ -26,7 +26,9 @@ from typing import Any
 import asyncpg
 from pydantic import BaseModel, ConfigDict
 
+from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.interface import SlotInterface, canonical_json
+from esper_core.blueprint.ir import BlueprintIR
 from esper_core.bus.database import Connection, Pool
 from esper_core.errors import NotFound, Unsupported, nearest
 from esper_core.ids import content_id
@@ -34,6 +36,8 @@ from services.tezzeret.toolchain import Toolchain
 
 PIPELINE = "standard"
 PIPELINES = (PIPELINE,)
+ROWS = 64
+"""Batch that memory is estimated for, and that native kernels are compiled for."""
 LEASE_SECONDS = 12.0
 """After its last sign of life a forge's builds are anybody's; it gives three signs in that time."""
 
@@ -51,6 +55,25 @@ class BuildState(enum.IntEnum):
     """It cannot be built; asking for it again queues it again."""
 
 
+class Estimate(BaseModel):
+    """What static analysis says of a kernel; zeros where nothing was analysed yet."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    parameters: int = 0
+    """Trainable parameters."""
+    flops: int = 0
+    """Of one sample's forward pass."""
+    memory_bytes: int = 0
+    """Of training it on a batch of ``ROWS``; see ``Analysis.memory_bytes``."""
+
+    @classmethod
+    def of(cls, ir: BlueprintIR, interface: SlotInterface, symbols: Mapping[str, int]) -> Estimate:
+        """Raises: Refused: static analysis does; its code says why."""
+        found = analyse(ir, interface, symbols)
+        return cls(parameters=found.parameters, flops=found.flops, memory_bytes=found.memory_bytes(ROWS))
+
+
 class Wish(BaseModel):
     """What is to be built. ``rank``: 0 is built before 1, and so on."""
 
@@ -66,6 +89,7 @@ class Wish(BaseModel):
     toolchain: str = ""
     """Name of the toolchain; empty with ``target``."""
     rank: int = 0
+    estimate: Estimate = Estimate()
 
     @property
     def build_id(self) -> str:
@@ -102,10 +126,16 @@ class Build(BaseModel):
     seconds: float = 0.0
     target: str = ""
     toolchain: str = ""
+    refusal: int = 0
+    """See ``esper_core.blueprint.refusal``; 0 where it was not refused."""
+    parameters: int = 0
+    flops: int = 0
+    memory_bytes: int = 0
 
 
 _FIELDS = """build_id, blueprint_id, blueprint_name, interface, interface_id, symbols, pipeline, state,
-    coalesce(kernel_id, '') AS kernel_id, reason, attempts, failures, seconds, target, toolchain"""
+    coalesce(kernel_id, '') AS kernel_id, reason, attempts, failures, seconds, target, toolchain,
+    refusal, parameters, flops, memory_bytes"""
 
 
 def check_pipeline(name: str) -> None:
@@ -117,7 +147,7 @@ def check_pipeline(name: str) -> None:
 async def add(connection: Connection, wish: Wish) -> bool:
     """Queue ``wish`` unless it is known; a failed one is queued again. True when there is new work."""
     again = """ON CONFLICT (build_id) DO UPDATE
-        SET state = 1, reason = '', attempts = 0, failures = 0, not_before = now(), updated = now() WHERE builds.state = 4"""
+        SET state = 1, reason = '', refusal = 0, attempts = 0, failures = 0, not_before = now(), updated = now() WHERE builds.state = 4"""
     return await _insert(connection, wish, again)
 
 
@@ -130,8 +160,8 @@ async def _insert(connection: Connection, wish: Wish, otherwise: str) -> bool:
     row = await connection.fetchrow(
         f"""INSERT INTO tezzeret.builds
                (build_id, blueprint_id, blueprint_name, interface, interface_id, symbols, pipeline, rank,
-                target, toolchain)
-           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) {otherwise} RETURNING build_id""",  # noqa: S608
+                target, toolchain, parameters, flops, memory_bytes)
+           VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13) {otherwise} RETURNING build_id""",  # noqa: S608
         wish.build_id,
         wish.blueprint_id,
         wish.blueprint_name,
@@ -142,6 +172,9 @@ async def _insert(connection: Connection, wish: Wish, otherwise: str) -> bool:
         wish.rank,
         wish.target,
         wish.toolchain,
+        wish.estimate.parameters,
+        wish.estimate.flops,
+        wish.estimate.memory_bytes,
     )
     return row is not None
 
@@ -199,10 +232,19 @@ async def finish(
     return await _guarded(connection, f"{change}, {_FREE}", build_id, forge, kernel_id, name, seconds)
 
 
-async def fail(on: Connection | Pool, build_id: str, forge: str, *, reason: str, seconds: float) -> bool:
+async def fail(
+    on: Connection | Pool, build_id: str, forge: str, *, reason: str, seconds: float, refusal: int = 0
+) -> bool:
     """Mark a claimed build FAILED; False when the claim was lost."""
-    change = "state = 4, reason = $3, seconds = $4"
-    return await _guarded(on, f"{change}, {_FREE}", build_id, forge, reason[:500], seconds)
+    change = "state = 4, reason = $3, seconds = $4, refusal = $5"
+    return await _guarded(on, f"{change}, {_FREE}", build_id, forge, reason[:500], seconds, refusal)
+
+
+async def note_estimate(on: Connection | Pool, build_id: str, forge: str, estimate: Estimate) -> bool:
+    """Note what static analysis says of a claimed build; False when the claim was lost."""
+    change = "parameters = $3, flops = $4, memory_bytes = $5"
+    values = (estimate.parameters, estimate.flops, estimate.memory_bytes)
+    return await _guarded(on, change, build_id, forge, *values)
 
 
 async def postpone(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.bus import subjects
 from esper_core.bus.database import Connection, Pool
@@ -20,7 +19,7 @@ from esper_core.rpc.convert import from_proto, to_proto
 from services.bell import Bell
 from services.tezzeret import builds
 from services.tezzeret.assortment import assortment
-from services.tezzeret.builds import PIPELINE, Build, Wish
+from services.tezzeret.builds import PIPELINE, Build, Estimate, Wish
 from services.tezzeret.designs import Designs
 from services.tezzeret.toolchain import here
 
@@ -76,13 +75,14 @@ class Orders:
         builds.check_pipeline(pipeline or PIPELINE)
         design = await self._designs.get(blueprint_id)
         bound = design.bind(symbols)
-        analyse(design, interface, bound)
+        estimate = Estimate.of(design, interface, bound)
         wish = Wish(
             blueprint_id=design.id,
             blueprint_name=design.name,
             interface=interface,
             symbols=bound,
             pipeline=pipeline or PIPELINE,
+            estimate=estimate,
         ).on(here())
         async with self._database.acquire() as connection, connection.transaction():
             await self._take(connection, [wish], "")

@@ -17,6 +17,7 @@ from pathlib import Path
 import asyncpg
 
 from esper_core import log
+from esper_core.blueprint.refusal import code_of
 from esper_core.bus import subjects
 from esper_core.bus.database import Pool
 from esper_core.bus.envelope import wrap
@@ -34,7 +35,7 @@ from services.child import WarmChild
 from services.lease import held
 from services.sandbox import Limits
 from services.tezzeret import builds
-from services.tezzeret.builds import Build
+from services.tezzeret.builds import Build, Estimate
 from services.tezzeret.designs import Designs
 from services.tezzeret.forges import BEAT_SECONDS, Forge
 from services.tezzeret.toolchain import here
@@ -141,6 +142,9 @@ class Worker:
     async def _make(self, build: Build) -> Made:
         builds.check_pipeline(build.pipeline)
         design = await self._designs.get(build.blueprint_id)
+        if not build.parameters:
+            estimate = Estimate.of(design, build.interface, build.symbols)
+            await builds.note_estimate(self._database, build.build_id, self._name, estimate)
         path = self.child.scratch / build.build_id
         job = {
             "do": "forge",
@@ -202,7 +206,8 @@ class Worker:
         final = isinstance(error, REFUSED) or (not away and build.failures + 1 >= MAX_FAILURES)
         LOG.warning("build.failed" if final else "build.postponed", build_id=build.build_id, reason=reason)
         if final:
-            if await builds.fail(self._database, build.build_id, self._name, reason=reason, seconds=seconds):
+            fail = partial(builds.fail, self._database, build.build_id, self._name)
+            if await fail(reason=reason, seconds=seconds, refusal=code_of(error)):
                 await self._forge.count(self._database, done=False)
             return
         pause = AWAY_SECONDS if away else RETRY_SECONDS
