@@ -24,6 +24,10 @@ from esper_core.errors import DeadlineExceeded, Exhausted, Internal, Refused
 from services.sandbox import MAX_LINE, Job, Limits
 
 _ROOT = str(Path(__file__).resolve().parents[1])
+ALLOWED = (
+    "PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "HOME", "TMPDIR", "LC_ALL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""All that a child's environment holds; no value but PYTHONPATH's is the parent's."""
 _KINDS = {cls.__name__: cls for cls in errors.every()}
 
 

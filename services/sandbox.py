@@ -5,10 +5,13 @@ a CPU and a wall-clock allowance for each job (the kernel ends the process when 
 is gone), no core dumps, capped file sizes and open files. The child ends by itself when its parent goes away or when
 it has had nothing to do for a while.
 
-What this does not protect against: the child runs as the same user, sees the same files and may open sockets; the
-limits are the process's own and code running in it could lift them up to the hard limits. That is acceptable only
-because no foreign code is ever run here: blueprints are data over a fixed registry of operations and weights are
-safetensors. On systems without ``/proc`` the address-space cap is left to the operating system's own accounting.
+Its environment is an allow-list (``services.child``) and it has no network (``services.seclusion``, which says how far that holds).
+
+What this does not protect against: the child runs as the same user and sees the same files, the platform's keys among
+them; the limits are the process's own and code running in it could lift them up to the hard limits; a compiler that it
+starts has limits of its own, each as large. That is acceptable only because no foreign code is ever run here: blueprints
+are data over a fixed registry of operations, weights are safetensors, and what is compiled is generated from both here. On
+systems without ``/proc`` the address-space cap is left to the operating system's own accounting.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from esper_core.errors import EsperError, Refused
+from services.seclusion import seclude
 
 Job = dict[str, Any]
 Work = Callable[[Job], Job]
@@ -72,7 +76,7 @@ def serve(works: Mapping[str, Work]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(19)
     _confine(limits)
-    _say(answers, {"ready": os.getpid()})
+    _say(answers, {"ready": os.getpid(), "secluded": seclude()})
     for line in _lines(limits.idle_seconds, Path(sys.argv[2])):
         with _allowance(limits):
             answer = _answer(works, line)
