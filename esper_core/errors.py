@@ -5,6 +5,7 @@ and the exit code ``esperctl`` ends with.
 
     EsperError                 status               exit
     ├── InvalidInput           INVALID_ARGUMENT        2    the request, file or flag cannot mean anything
+    │   └── Refused            INVALID_ARGUMENT        2    a blueprint that must not be built; ``code`` names the reason
     ├── NotFound               NOT_FOUND               3    nothing has that name
     ├── AlreadyExists          ALREADY_EXISTS          4    that name is taken by something different
     ├── Conflict               FAILED_PRECONDITION     5    legal in general, not in the present state
@@ -48,6 +49,18 @@ class EsperError(Exception):
 
 class InvalidInput(EsperError):
     status, exit_code = "INVALID_ARGUMENT", 2
+
+
+class Refused(InvalidInput):
+    """See the tree above.
+
+    Args:
+        code: name of the reason, see ``esper_core.blueprint.refusal``.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", code: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
 
 
 class NotFound(EsperError):

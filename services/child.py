@@ -20,10 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from esper_core import errors
-from esper_core.errors import DeadlineExceeded, Exhausted, Internal
+from esper_core.errors import DeadlineExceeded, Exhausted, Internal, Refused
 from services.sandbox import MAX_LINE, Job, Limits
 
 _ROOT = str(Path(__file__).resolve().parents[1])
+ALLOWED = (
+    "PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "HOME", "TMPDIR", "LC_ALL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
+"""All that a child's environment holds; no value but PYTHONPATH's is the parent's."""
 _KINDS = {cls.__name__: cls for cls in errors.every()}
 
 
@@ -72,6 +76,8 @@ class WarmChild:
                 raise
         if "error" in answer:
             told = answer["error"]
+            if told.get("code"):
+                raise Refused(told["message"], hint=told["hint"], code=told["code"])
             raise _KINDS.get(told["kind"], Internal)(told["message"], hint=told["hint"])
         result: Job = answer["ok"]
         return result

@@ -5,10 +5,13 @@ a CPU and a wall-clock allowance for each job (the kernel ends the process when 
 is gone), no core dumps, capped file sizes and open files. The child ends by itself when its parent goes away or when
 it has had nothing to do for a while.
 
-What this does not protect against: the child runs as the same user, sees the same files and may open sockets; the
-limits are the process's own and code running in it could lift them up to the hard limits. That is acceptable only
-because no foreign code is ever run here: blueprints are data over a fixed registry of operations and weights are
-safetensors. On systems without ``/proc`` the address-space cap is left to the operating system's own accounting.
+Its environment is an allow-list (``services.child``) and it has no network (``services.seclusion``, which says how far that holds).
+
+What this does not protect against: the child runs as the same user and sees the same files, the platform's keys among
+them; the limits are the process's own and code running in it could lift them up to the hard limits; a compiler that it
+starts has limits of its own, each as large. That is acceptable only because no foreign code is ever run here: blueprints
+are data over a fixed registry of operations, weights are safetensors, and what is compiled is generated from both here. On
+systems without ``/proc`` the address-space cap is left to the operating system's own accounting.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from esper_core.errors import EsperError
+from esper_core.errors import EsperError, Refused
+from services.seclusion import seclude
 
 Job = dict[str, Any]
 Work = Callable[[Job], Job]
@@ -61,7 +65,8 @@ def serve(works: Mapping[str, Work]) -> None:
     """Answer jobs from stdin until it closes or nothing came for a while.
 
     A job is ``{"do": NAME, …}``; its answer is ``{"ok": …}`` or ``{"error": {"kind", "message", "hint"}}``, where
-    ``kind`` is a class of ``esper_core.errors``. What the work prints goes to stderr, never between the answers.
+    ``kind`` is a class of ``esper_core.errors``; a refusal also has its ``code``. What the work prints goes to stderr,
+    never between the answers.
     Limits come as JSON in the first argument, the scratch directory in the second. Import what is large before, so
     that it does not count as memory used.
     """
@@ -71,7 +76,7 @@ def serve(works: Mapping[str, Work]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(19)
     _confine(limits)
-    _say(answers, {"ready": os.getpid()})
+    _say(answers, {"ready": os.getpid(), "secluded": seclude()})
     for line in _lines(limits.idle_seconds, Path(sys.argv[2])):
         with _allowance(limits):
             answer = _answer(works, line)
@@ -85,7 +90,8 @@ def _answer(works: Mapping[str, Work], line: bytes) -> Job:
         job = json.loads(line)
         return {"ok": works[job["do"]](job)}
     except EsperError as error:
-        return {"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint}}
+        code = error.code if isinstance(error, Refused) else ""
+        return {"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint, "code": code}}
     except MemoryError:
         return {"error": {"kind": "Exhausted", "message": "the job needs more memory than it may use", "hint": ""}}
     except RuntimeError as error:  # torch reports shapes that do not fit and failed allocations this way

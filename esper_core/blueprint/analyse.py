@@ -15,7 +15,7 @@ from esper_core.blueprint import expression, ops
 from esper_core.blueprint.interface import MAX_WIDTH, Shape, SlotInterface
 from esper_core.blueprint.ir import DIMENSIONS, INPUT, BlueprintIR, Node
 from esper_core.blueprint.ops import Call, Kind, Silence
-from esper_core.errors import InvalidInput
+from esper_core.blueprint.refusal import Refusal
 
 
 class Limits(BaseModel):
@@ -32,6 +32,7 @@ class Limits(BaseModel):
 
 
 LIMITS = Limits()
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,11 @@ class Analysis:
     silenced: frozenset[str]
     """Nodes whose weight and bias start at zero, so that inserting the kernel changes nothing."""
 
+    def memory_bytes(self, rows: int) -> int:
+        """Estimate of what training it takes: weights, their gradients and two moments of Adam, and what ``rows`` samples keep
+        for the backward pass, all in float32."""
+        return FLOAT_BYTES * (4 * self.parameters + rows * self.activation_elements)
+
 
 def analyse(
     ir: BlueprintIR, interface: SlotInterface, symbols: Mapping[str, int] | None = None, limits: Limits = LIMITS
@@ -71,12 +77,12 @@ def analyse(
     """Resolve ``ir`` at ``interface`` with ``symbols`` overriding its defaults.
 
     Raises:
-        InvalidInput: when the layout, a shape or the output does not fit, when it could not start silent, or when it
-            exceeds ``limits``.
+        Refused: when the layout, a shape or the output does not fit, when it could not start silent or some of its weights
+            could never learn, or when it exceeds ``limits``; its code says which.
     """
     if interface.layout not in ir.layouts:
         served = ", ".join(layout.name for layout in ir.layouts)
-        raise InvalidInput(
+        raise Refusal.WRONG_LAYOUT.because(
             f"blueprint {ir.name!r} does not serve {interface.layout.name} slots", hint=f"it serves {served}"
         )
     values = {**ir.bind(symbols), **{name: getattr(interface, name) for name in DIMENSIONS}}
@@ -92,12 +98,12 @@ def analyse(
         totals["activation_elements"] += math.prod(step.cost.shape) + step.cost.extra
         for name, total in totals.items():
             if total > getattr(limits, name):
-                raise InvalidInput(
+                raise Refusal.TOO_LARGE.because(
                     f"blueprint {ir.name!r} exceeds {getattr(limits, name)} {name} at node {node.name!r}",
                     hint="make it narrower",
                 )
     if shapes[ir.output] != interface.out_shape:
-        raise InvalidInput(
+        raise Refusal.BAD_SHAPE.because(
             f"blueprint {ir.name!r} gives {shapes[ir.output]}, the slot needs {interface.out_shape}",
             hint="end with out_width features, and match_output_size for images",
         )
@@ -108,7 +114,7 @@ def _resolve(node: Node, interface: SlotInterface, values: Mapping[str, int], sh
     op = ops.REGISTRY[node.op]
     inputs = tuple(shapes[name] for name in node.inputs)
     if len(inputs[0]) not in op.ranks:
-        raise InvalidInput(
+        raise Refusal.BAD_SHAPE.because(
             f"node {node.name!r}: {op.name} cannot take shape {inputs[0]}", hint=f"it takes rank {op.ranks}"
         )
     numbers: dict[str, int] = {}
@@ -133,7 +139,9 @@ def _resolve(node: Node, interface: SlotInterface, values: Mapping[str, int], sh
 def _number(node: Node, key: str, text: str, values: Mapping[str, int], least: int) -> int:
     value = expression.evaluate(text, values)
     if not least <= value <= MAX_WIDTH:
-        raise InvalidInput(f"node {node.name!r}: {key} = {text!r} is {value}", hint=f"{least} to {MAX_WIDTH}")
+        raise Refusal.BAD_SHAPE.because(
+            f"node {node.name!r}: {key} = {text!r} is {value}", hint=f"{least} to {MAX_WIDTH}"
+        )
     return value
 
 
@@ -149,7 +157,7 @@ def _host_activation(node: Node, interface: SlotInterface, otherwise: str) -> st
     kind = interface.activation or otherwise
     if not kind:
         hint = "name the kind, or what to use 'otherwise'"
-        raise InvalidInput(f"node {node.name!r}: the slot's activation is unknown", hint=hint)
+        raise Refusal.BAD_SHAPE.because(f"node {node.name!r}: the slot's activation is unknown", hint=hint)
     return kind
 
 
@@ -173,7 +181,7 @@ def _silenced(output: str, steps: tuple[Step, ...]) -> frozenset[str]:
                 silent[node.name] = frozenset().union(*known) if len(known) == len(parts) else None
     found = silent[output]
     if found is None:
-        raise InvalidInput(
+        raise Refusal.NOT_SILENT.because(
             "the kernel could not start as a no-op that still learns",
             hint="end with linear, conv, attention, a norm or scale",
         )

@@ -11,7 +11,8 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 
-from esper_core.errors import InvalidInput, nearest
+from esper_core.blueprint.refusal import Refusal
+from esper_core.errors import Refused, nearest
 
 MAX_LENGTH = 128
 MAX_DEPTH = 16
@@ -35,7 +36,7 @@ def evaluate(text: str, symbols: Mapping[str, int]) -> int:
     """The value of ``text`` with names taken from ``symbols``.
 
     Raises:
-        InvalidInput: when it is outside the grammar, names an unknown symbol, divides by zero or leaves ±2^40.
+        Refused: BAD_SYMBOL when it is outside the grammar, names an unknown symbol, divides by zero or leaves ±2^40.
     """
     return _value(_parse(text), symbols, text, MAX_DEPTH)
 
@@ -44,7 +45,7 @@ def check(text: str, symbols: Mapping[str, int] | None = None) -> None:
     """Refuse what no values could make sense of: wrong grammar and, when ``symbols`` are given, unknown names.
 
     Raises:
-        InvalidInput: see above; arithmetic (division by zero, size) is only judged by :func:`evaluate`.
+        Refused: see above; arithmetic (division by zero, size) is only judged by :func:`evaluate`.
     """
     _check(_parse(text), symbols, text, MAX_DEPTH)
 
@@ -58,8 +59,8 @@ def _parse(text: str) -> ast.expr:
         raise _refused(text) from error
 
 
-def _refused(text: str) -> InvalidInput:
-    return InvalidInput(f"{text[:40]!r} is not a width expression", hint=GRAMMAR)
+def _refused(text: str) -> Refused:
+    return Refusal.BAD_SYMBOL.because(f"{text[:40]!r} is not a width expression", hint=GRAMMAR)
 
 
 def _parts(node: ast.expr, text: str, depth: int) -> list[ast.expr]:
@@ -81,25 +82,25 @@ def _check(node: ast.expr, symbols: Mapping[str, int] | None, text: str, depth: 
     for part in _parts(node, text, depth):
         _check(part, symbols, text, depth - 1)
     if isinstance(node, ast.Name) and symbols is not None and node.id not in symbols:
-        raise InvalidInput(f"unknown symbol {node.id!r} in {text!r}", hint=nearest(node.id, symbols))
+        raise Refusal.BAD_SYMBOL.because(f"unknown symbol {node.id!r} in {text!r}", hint=nearest(node.id, symbols))
 
 
 def _value(node: ast.expr, symbols: Mapping[str, int], text: str, depth: int) -> int:
     operands = [_value(part, symbols, text, depth - 1) for part in _parts(node, text, depth)]
     if isinstance(node, ast.BinOp):
         if isinstance(node.op, ast.FloorDiv) and operands[1] == 0:
-            raise InvalidInput(f"{text!r} divides by zero", hint="guard the divisor, e.g. max(1, …)")
+            raise Refusal.BAD_SYMBOL.because(f"{text!r} divides by zero", hint="guard the divisor, e.g. max(1, …)")
         result = _BINARY[type(node.op)](*operands)
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         result = _CALLS[node.func.id](operands)
     elif isinstance(node, ast.Name):
         if node.id not in symbols:
-            raise InvalidInput(f"unknown symbol {node.id!r} in {text!r}", hint=nearest(node.id, symbols))
+            raise Refusal.BAD_SYMBOL.because(f"unknown symbol {node.id!r} in {text!r}", hint=nearest(node.id, symbols))
         result = symbols[node.id]
     elif isinstance(node, ast.Constant) and isinstance(node.value, int):
         result = node.value
     else:
         raise _refused(text)
     if abs(result) > MAX_VALUE:
-        raise InvalidInput(f"{text!r} grows beyond 2^40", hint="widths are at most 1048576")
+        raise Refusal.BAD_SYMBOL.because(f"{text!r} grows beyond 2^40", hint="widths are at most 1048576")
     return result

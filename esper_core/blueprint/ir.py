@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 
 from esper_core.blueprint import expression
 from esper_core.blueprint.interface import MAX_WIDTH, Layout, canonical_json
-from esper_core.blueprint.ops import REGISTRY, Attribute, Kind
-from esper_core.errors import InvalidInput, Unsupported, nearest
+from esper_core.blueprint.ops import BANNED, REGISTRY, Attribute, Kind
+from esper_core.blueprint.refusal import Refusal
+from esper_core.errors import Refused, Unsupported, nearest
 from esper_core.ids import DIGEST, content_id
 
 SCHEMA_VERSION = 1
@@ -56,7 +57,7 @@ class BlueprintIR(BaseModel):
     """A design for a kernel.
 
     Raises:
-        InvalidInput: from the constructor, for anything malformed.
+        Refused: from the constructor, for anything malformed, with the reason's name.
         Unsupported: for a schema version this build does not know.
     """
 
@@ -82,10 +83,12 @@ class BlueprintIR(BaseModel):
         """Read a blueprint that came from elsewhere: at most 64 KiB of JSON.
 
         Raises:
-            InvalidInput: when it is too long, no JSON, or malformed.
+            Refused: when it is too long, no JSON, or malformed.
         """
         if len(data) > MAX_BYTES:
-            raise InvalidInput(f"a blueprint of {len(data)} bytes is too long", hint=f"at most {MAX_BYTES} bytes")
+            raise Refusal.TOO_MANY_NODES.because(
+                f"a blueprint of {len(data)} bytes is too long", hint=f"at most {MAX_BYTES} bytes"
+            )
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
@@ -104,12 +107,12 @@ class BlueprintIR(BaseModel):
         """Values of all free symbols: the defaults, overridden by ``symbols``.
 
         Raises:
-            InvalidInput: for a symbol it does not have or a value outside 1 … 2^20.
+            Refused: BAD_SYMBOL for a symbol it does not have or a value outside 1 … 2^20.
         """
         bound = {**self.symbols, **(symbols or {})}
         for name, value in bound.items():
             if name not in self.symbols:
-                raise InvalidInput(
+                raise Refusal.BAD_SYMBOL.because(
                     f"blueprint {self.name!r} has no symbol {name!r}", hint=nearest(name, self.symbols) or "it has none"
                 )
             _check_value(name, value)
@@ -122,7 +125,9 @@ class BlueprintIR(BaseModel):
             for name, limit in _LISTS.items():
                 items = value.get(name, ())
                 if isinstance(items, (list, tuple, dict)) and len(items) > limit:
-                    raise InvalidInput(f"a blueprint with {len(items)} {name} is too large", hint=f"at most {limit}")
+                    raise Refusal.TOO_MANY_NODES.because(
+                        f"a blueprint with {len(items)} {name} is too large", hint=f"at most {limit}"
+                    )
         try:
             ir = handler(value)
         except ValidationError as error:
@@ -131,7 +136,9 @@ class BlueprintIR(BaseModel):
         ir._check_nodes()
         ir._check_reach()
         if len(ir.canonical()) > MAX_BYTES:
-            raise InvalidInput("the blueprint is too long", hint=f"at most {MAX_BYTES} bytes of canonical JSON")
+            raise Refusal.TOO_MANY_NODES.because(
+                "the blueprint is too long", hint=f"at most {MAX_BYTES} bytes of canonical JSON"
+            )
         return ir
 
     def _check_head(self) -> None:
@@ -140,19 +147,27 @@ class BlueprintIR(BaseModel):
                 f"blueprint schema {self.schema_version}", hint=f"this build reads schema {SCHEMA_VERSION}"
             )
         if not _NAME.fullmatch(self.name):
-            raise InvalidInput(
+            raise Refusal.MALFORMED.because(
                 f"{self.name[:80]!r} is no blueprint name", hint="1-80 characters of a-z, 0-9, '_' and '-'"
             )
         if not self.nodes:
-            raise InvalidInput(f"blueprint {self.name!r} has no nodes", hint="a blueprint has at least one")
+            raise Refusal.MALFORMED.because(
+                f"blueprint {self.name!r} has no nodes", hint="a blueprint has at least one"
+            )
         if not self.layouts or len(set(self.layouts)) != len(self.layouts):
-            raise InvalidInput("a blueprint names each layout it serves, once", hint="layouts: FEATURES, TOKENS, IMAGE")
+            raise Refusal.MALFORMED.because(
+                "a blueprint names each layout it serves, once", hint="layouts: FEATURES, TOKENS, IMAGE"
+            )
         for parent in self.parent_ids:
             if not DIGEST.fullmatch(parent) or not parent.startswith("blueprint-"):
-                raise InvalidInput(f"{parent[:80]!r} is no blueprint id", hint="blueprint- and 64 hex digits")
+                raise Refusal.MALFORMED.because(
+                    f"{parent[:80]!r} is no blueprint id", hint="blueprint- and 64 hex digits"
+                )
         for symbol, value in self.symbols.items():
             if not _SYMBOL.fullmatch(symbol) or symbol in (*DIMENSIONS, *expression.FUNCTIONS):
-                raise InvalidInput(f"{symbol[:40]!r} cannot be a symbol", hint="a-z, 0-9, '_', and no reserved word")
+                raise Refusal.MALFORMED.because(
+                    f"{symbol[:40]!r} cannot be a symbol", hint="a-z, 0-9, '_', and no reserved word"
+                )
             _check_value(symbol, value)
 
     def _check_nodes(self) -> None:
@@ -161,47 +176,59 @@ class BlueprintIR(BaseModel):
         for node in self.nodes:
             if not _NODE_NAME.fullmatch(node.name) or node.name == INPUT:
                 hint = "1-64 letters, digits and '_', beginning with a letter; 'input' is reserved"
-                raise InvalidInput(f"{node.name[:80]!r} is no node name", hint=hint)
+                raise Refusal.MALFORMED.because(f"{node.name[:80]!r} is no node name", hint=hint)
             if node.name in known:
-                raise InvalidInput(f"two nodes are named {node.name!r}", hint="give every node its own name")
+                raise Refusal.MALFORMED.because(
+                    f"two nodes are named {node.name!r}", hint="give every node its own name"
+                )
             for source in node.inputs[:MAX_INPUTS]:
                 if source not in known and source in names:
                     hint = "list nodes in topological order; a blueprint has no cycles"
-                    raise InvalidInput(f"node {node.name!r} reads {source!r} before it is computed", hint=hint)
+                    raise Refusal.CYCLE.because(f"node {node.name!r} reads {source!r} before it is computed", hint=hint)
                 if source not in known:
-                    raise InvalidInput(
+                    raise Refusal.MALFORMED.because(
                         f"node {node.name!r} reads unknown {source[:80]!r}", hint=nearest(source[:80], known)[:300]
                     )
             self._check_op(node)
             known.add(node.name)
         if self.output not in known or self.output == INPUT:
-            raise InvalidInput(
+            raise Refusal.MALFORMED.because(
                 f"the output {self.output[:80]!r} is no node", hint=nearest(self.output[:80], known - {INPUT})[:300]
             )
 
     def _check_op(self, node: Node) -> None:
         op = REGISTRY.get(node.op)
+        if node.op in BANNED:
+            raise Refusal.BANNED_OP.because(f"node {node.name!r}: op {node.op!r} is banned", hint=BANNED[node.op])
         if op is None:
-            raise InvalidInput(f"node {node.name!r}: unknown op {node.op[:80]!r}", hint=nearest(node.op[:80], REGISTRY))
+            raise Refusal.UNKNOWN_OP.because(
+                f"node {node.name!r}: unknown op {node.op[:80]!r}", hint=nearest(node.op[:80], REGISTRY)
+            )
         fewest, most = op.arity
         if not fewest <= len(node.inputs) <= most:
             hint = f"{op.name} takes {fewest}" + (f" to {most}" if most > fewest else "")
-            raise InvalidInput(f"node {node.name!r} has {len(node.inputs)} inputs", hint=hint)
+            raise Refusal.MALFORMED.because(f"node {node.name!r} has {len(node.inputs)} inputs", hint=hint)
         missing = [
             key for key, attribute in op.attributes.items() if attribute.default is None and key not in node.attributes
         ]
         if missing:
-            raise InvalidInput(f"node {node.name!r} lacks {', '.join(missing)}", hint=f"{op.name} cannot do without")
+            raise Refusal.MALFORMED.because(
+                f"node {node.name!r} lacks {', '.join(missing)}", hint=f"{op.name} cannot do without"
+            )
         for key, text in node.attributes.items():
             if key not in op.attributes:
                 hint = nearest(key[:80], op.attributes) or f"{op.name} has none"
-                raise InvalidInput(f"node {node.name!r}: {op.name} has no attribute {key[:80]!r}", hint=hint)
+                raise Refusal.MALFORMED.because(
+                    f"node {node.name!r}: {op.name} has no attribute {key[:80]!r}", hint=hint
+                )
             self._check_attribute(op.attributes[key], text)
 
     def _check_attribute(self, attribute: Attribute, text: str) -> None:
         if attribute.kind is Kind.WORD:
             if text not in attribute.words:
-                raise InvalidInput(f"{text[:40]!r} is not among the choices", hint=nearest(text[:40], attribute.words))
+                raise Refusal.MALFORMED.because(
+                    f"{text[:40]!r} is not among the choices", hint=nearest(text[:40], attribute.words)
+                )
         elif attribute.kind is not Kind.STRIDE or text not in ("source", "sink"):
             expression.check(text, {**self.symbols, **dict.fromkeys(DIMENSIONS, 1)})
 
@@ -216,15 +243,19 @@ class BlueprintIR(BaseModel):
                 waiting.extend(inputs[name])
         unused = [name for name in inputs if name not in reached]
         if unused:
-            raise InvalidInput(f"node {unused[0]!r} does not reach the output", hint="remove it, or use it")
+            raise Refusal.DEAD_NODE.because(
+                f"node {unused[0]!r} does not reach the output", hint="remove it, or use it"
+            )
 
 
 def _check_value(name: str, value: int) -> None:
     if not 1 <= value <= MAX_WIDTH:
-        raise InvalidInput(f"symbol {name[:40]!r} is {value}", hint=f"1 to {MAX_WIDTH}")
+        raise Refusal.BAD_SYMBOL.because(f"symbol {name[:40]!r} is {value}", hint=f"1 to {MAX_WIDTH}")
 
 
-def _malformed(error: ValidationError) -> InvalidInput:
+def _malformed(error: ValidationError) -> Refused:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part)[:40] for part in first["loc"][:4]) or "blueprint"
-    return InvalidInput(f"malformed blueprint: {where}: {first['msg'][:200]}", hint="see BlueprintIR in esper.core.v1")
+    return Refusal.MALFORMED.because(
+        f"malformed blueprint: {where}: {first['msg'][:200]}", hint="see BlueprintIR in esper.core.v1"
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from esper_core.blueprint import activation as activations
 from esper_core.blueprint.interface import ConvGeometry, Shape, SlotInterface
-from esper_core.errors import InvalidInput
+from esper_core.blueprint.refusal import Refusal
 
 FEATURES, TOKENS, IMAGE = 1, 2, 3
 """Ranks of a per-sample shape."""
@@ -92,19 +92,23 @@ class Call:
         """Geometry of a convolution op; ``source_conv`` and ``sink_conv`` take the host's, ungrouped.
 
         Raises:
-            InvalidInput: when the slot has no such geometry.
+            Refused: BAD_SHAPE when the slot has no such geometry.
         """
         if op in ("source_conv", "sink_conv"):
             side = op.removesuffix("_conv")
             host = self.interface.source if side == "source" else self.interface.sink
             if host is None:
-                raise InvalidInput(f"the slot has no {side} convolution to copy", hint="use conv with its own geometry")
+                raise Refusal.BAD_SHAPE.because(
+                    f"the slot has no {side} convolution to copy", hint="use conv with its own geometry"
+                )
             return host.model_copy(update={"groups": 1})
         n = self.numbers
         groups = self.shape[0] if op == "depthwise_conv" else n["groups"]
         k, p, d = n["kernel"], n["padding"], n.get("dilation", 1)
         if max(k, p, d, *self.stride) > 1024 or groups > 65536:
-            raise InvalidInput("convolution geometry is out of range", hint="at most 1024 each, and 65536 groups")
+            raise Refusal.BAD_SHAPE.because(
+                "convolution geometry is out of range", hint="at most 1024 each, and 65536 groups"
+            )
         (sh, sw) = self.stride
         return ConvGeometry(
             kernel_h=k,
@@ -125,7 +129,7 @@ class Op:
 
     name: str
     cost: Callable[[Call], Cost]
-    """Raises InvalidInput when the inputs' shapes do not suit."""
+    """Raises Refused when the inputs' shapes do not suit."""
     attributes: Mapping[str, Attribute]
     silence: Silence
     ranks: tuple[int, ...] = (FEATURES, TOKENS, IMAGE)
@@ -150,12 +154,12 @@ def _conv(op: str) -> Callable[[Call], Cost]:
         geometry = call.geometry(op)
         out = channels if op == "depthwise_conv" else call.numbers["out"]
         if channels % geometry.groups or out % geometry.groups:
-            raise InvalidInput(
+            raise Refusal.BAD_SHAPE.because(
                 f"{geometry.groups} groups divide {channels} → {out} channels unevenly", hint="use groups 1"
             )
         size = geometry.leaving((h, w))
         if min(size) < 1:
-            raise InvalidInput(
+            raise Refusal.BAD_SHAPE.because(
                 f"a {geometry.kernel} kernel does not fit a {h}×{w} image", hint="pad more, or use kernel 1"
             )
         weights = out * (channels // geometry.groups) * math.prod(geometry.kernel)
@@ -167,9 +171,11 @@ def _conv(op: str) -> Callable[[Call], Cost]:
 def _group_norm(call: Call) -> Cost:
     channels, groups = call.shape[0], call.numbers["groups"]
     if channels % groups:
-        raise InvalidInput(f"{groups} groups divide {channels} channels unevenly", hint="use groups 1")
+        raise Refusal.BAD_SHAPE.because(f"{groups} groups divide {channels} channels unevenly", hint="use groups 1")
     if math.prod(call.shape) // groups < 2:
-        raise InvalidInput("one value per group has no variance to normalise by", hint="use fewer groups")
+        raise Refusal.UNREACHABLE_GRADIENT.because(
+            "one value per group has no variance to normalise by", hint="use fewer groups"
+        )
     return Cost(call.shape, 2 * channels, 4 * math.prod(call.shape))
 
 
@@ -182,7 +188,9 @@ def _host_norm(call: Call) -> Cost:
 
 def _layer_norm(call: Call) -> Cost:
     if call.shape[-1] < 2:
-        raise InvalidInput("one feature has no variance to normalise by", hint="normalise a wider tensor")
+        raise Refusal.UNREACHABLE_GRADIENT.because(
+            "one feature has no variance to normalise by", hint="normalise a wider tensor"
+        )
     return Cost(call.shape, 2 * call.shape[-1], 4 * math.prod(call.shape))
 
 
@@ -198,7 +206,9 @@ def _pool(call: Call) -> Cost:
 def _match(call: Call) -> Cost:
     size = call.interface.out_size
     if len(size) != 2:
-        raise InvalidInput("only IMAGE slots have an output size to match", hint="leave match_output_size out")
+        raise Refusal.BAD_SHAPE.because(
+            "only IMAGE slots have an output size to match", hint="leave match_output_size out"
+        )
     shape = (call.shape[0], *size)
     return Cost(shape, flops=0 if shape == call.shape else max(math.prod(call.shape), math.prod(shape)))
 
@@ -206,7 +216,7 @@ def _match(call: Call) -> Cost:
 def _combine(call: Call) -> Cost:
     for other in call.inputs[1:]:
         if other not in (call.shape, (channels_of(call.shape),)):
-            raise InvalidInput(
+            raise Refusal.BAD_SHAPE.because(
                 f"shapes {call.shape} and {other} do not combine",
                 hint="equal shapes, or one value per channel after the first",
             )
@@ -221,7 +231,9 @@ def _attention(call: Call) -> Cost:
     tokens, features = call.shape
     width, heads, out = (call.numbers[name] for name in ("width", "heads", "out"))
     if width % heads:
-        raise InvalidInput(f"{heads} heads divide width {width} unevenly", hint="make width a multiple of heads")
+        raise Refusal.BAD_SHAPE.because(
+            f"{heads} heads divide width {width} unevenly", hint="make width a multiple of heads"
+        )
     weights = 3 * width * features + width * out
     scores = heads * tokens * tokens
     return Cost(
@@ -279,6 +291,21 @@ _ENTRIES = (
 
 REGISTRY: Mapping[str, Op] = {op.name: op for op in _ENTRIES}
 """Every op by name."""
+
+BANNED: Mapping[str, str] = {
+    "dropout": "it draws random numbers, and so would move the host's: equal seeds would no longer give equal runs",
+    "random": "a kernel draws no random numbers: equal seeds must give equal runs",
+    "noise": "a kernel draws no random numbers: equal seeds must give equal runs",
+    "batch_norm": "a kernel shares no running statistics with its host; use group_norm, layer_norm or host_norm",
+    "detach": "it stops the gradient of everything before it",
+    "round": "its gradient is zero everywhere",
+    "argmax": "it has no gradient",
+    "custom": "a blueprint is data: it names operations of the registry and brings none",
+    "python": "a blueprint is data, never code",
+    "eval": "a blueprint is data, never code",
+    "load": "a kernel reads nothing but what enters it",
+}
+"""Operations that somebody may think of and that no kernel may contain, each with the reason."""
 
 
 def silence(op: str, words: Mapping[str, str]) -> Silence:

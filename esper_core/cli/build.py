@@ -42,9 +42,24 @@ async def list_builds(
         (
             short(build.build_id), enum_name(tezzeret_pb2.BuildState.DESCRIPTOR, build.state), build.blueprint_name,
             short(build.interface_id), build.pipeline, build.attempts, build.seconds or None,
-            short(build.kernel_id), build.reason,
+            short(build.kernel_id), _refusal(build), build.reason,
         )
         for build in answer.builds
     ]  # fmt: skip
-    columns = ("BUILD", "STATE", "BLUEPRINT", "INTERFACE", "PIPELINE", ">TRIES", ">SECONDS", "KERNEL", "*REASON")
+    columns = (
+        "BUILD",
+        "STATE",
+        "BLUEPRINT",
+        "INTERFACE",
+        "PIPELINE",
+        ">TRIES",
+        ">SECONDS",
+        "KERNEL",
+        "REFUSED",
+        "*REASON",
+    )
     call.output.document([plain(build) for build in answer.builds], table(columns, rows, empty="no builds"))
+
+
+def _refusal(build: tezzeret_pb2.Build) -> str | None:
+    return enum_name(tezzeret_pb2.Refusal.DESCRIPTOR, build.refusal) if build.refusal else None

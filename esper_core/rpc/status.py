@@ -15,7 +15,7 @@ from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
 from esper_core import errors
-from esper_core.errors import EsperError
+from esper_core.errors import EsperError, Refused
 from esper_core.pb.esper.core.v1.error_pb2 import ErrorDetail
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -47,9 +47,12 @@ _BY_CODE: dict[grpc.StatusCode, type[EsperError]] = {
 def to_status(error: EsperError, incident_id: str = "") -> grpc.Status:
     """``error`` as something a servicer's context can abort with."""
     detail = AnyMessage()
-    detail.Pack(ErrorDetail(kind=type(error).__name__, hint=_cut(error.hint, MAX_HINT), incident_id=incident_id))
-    code = grpc.StatusCode[error.status]
-    status = Status(code=code.value[0], message=_cut(error.message, MAX_MESSAGE), details=[detail])
+    code = error.code if isinstance(error, Refused) else ""
+    kind, hint = type(error).__name__, _cut(error.hint, MAX_HINT)
+    detail.Pack(ErrorDetail(kind=kind, hint=hint, incident_id=incident_id, code=code))
+    status = Status(
+        code=grpc.StatusCode[error.status].value[0], message=_cut(error.message, MAX_MESSAGE), details=[detail]
+    )
     told: grpc.Status = rpc_status.to_status(status)  # type: ignore[no-untyped-call]
     return told
 
@@ -62,6 +65,8 @@ def from_call(error: grpc.aio.AioRpcError, method: str) -> EsperError:
     """
     message = error.details() or error.code().name
     detail = _detail(error)
+    if detail is not None and detail.kind == Refused.__name__:
+        return Refused(message, hint=detail.hint, code=detail.code)
     if detail is not None and detail.kind in _KINDS:
         return _KINDS[detail.kind](message, hint=detail.hint)
     return _of_transport(error.code(), message, method)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from esper_core.blueprint.catalogue import DEFAULT_WIDTH, WIDTHS, candidates
 from esper_core.blueprint.interface import SlotInterface
-from services.tezzeret.builds import Wish
+from services.tezzeret.builds import Estimate, Wish
 
 WIDENERS = frozenset({"bottleneck_mlp", "conv_bypass_3x3"})
 USEFUL_WIDTHS = tuple(sorted(WIDTHS, key=lambda width: (width < DEFAULT_WIDTH, width)))
@@ -24,6 +24,13 @@ def assortment(interface: SlotInterface) -> list[Wish]:
     ]
     chosen.sort(key=lambda choice: choice[0] not in WIDENERS)
     return [
-        Wish(blueprint_id=ir.id, blueprint_name=name, interface=interface, symbols=symbols, rank=rank)
+        Wish(
+            blueprint_id=ir.id,
+            blueprint_name=name,
+            interface=interface,
+            symbols=symbols,
+            rank=rank,
+            estimate=Estimate.of(ir, interface, symbols),
+        )
         for rank, (name, ir, symbols) in enumerate(chosen)
     ]

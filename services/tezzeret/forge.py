@@ -6,9 +6,7 @@ protect against. Knows no key, no network and no database: the parent signs and 
 
 from __future__ import annotations
 
-import platform
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,12 +18,12 @@ from esper_core.blueprint.ir import BlueprintIR
 from esper_core.errors import Internal
 from esper_core.kernel.manifest import KernelManifest, Provenance
 from esper_core.kernel.pack import load, pack
-from services.sandbox import Job, peak_memory, serve, target
+from services.sandbox import Job, peak_memory, serve
+from services.tezzeret.toolchain import COMPILER, here
 
 PARITY_ROWS = 4
 PARITY_LIMIT = 1e-6
 """The module rebuilt from the artifact may differ by this much; on one machine it does not differ at all."""
-COMPILER = "esper-forge/1"
 
 
 def forge(job: Job) -> Job:
@@ -54,12 +52,8 @@ def forge(job: Job) -> Job:
         raise Internal(f"rebuilt from its artifact, {ir.name} differs by {difference:.3g}", hint="report the blueprint")
     provenance = Provenance(
         compiler=COMPILER,
-        toolchain={
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "safetensors": version("safetensors"),
-        },
-        target=target(),
+        toolchain=dict(here().versions),
+        target=here().target,
         build_seconds=time.perf_counter() - started,
         peak_memory_bytes=peak[0],
         parity_max_abs_diff=difference,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.bus import subjects
 from esper_core.bus.database import Connection, Pool
@@ -20,8 +19,9 @@ from esper_core.rpc.convert import from_proto, to_proto
 from services.bell import Bell
 from services.tezzeret import builds
 from services.tezzeret.assortment import assortment
-from services.tezzeret.builds import PIPELINE, Build, Wish
+from services.tezzeret.builds import PIPELINE, Build, Estimate, Wish
 from services.tezzeret.designs import Designs
+from services.tezzeret.toolchain import here
 
 PRINCIPAL = "tezzeret"
 NEWS = "tezzeret"
@@ -38,7 +38,7 @@ class Orders:
         if not isinstance(event.message, bus_pb2.RunRegistered) or not event.message.run.morphogenetic:
             return
         interfaces = {found.id: found for found in _interfaces(event.message)}
-        wishes = [wish for interface in interfaces.values() for wish in assortment(interface)]
+        wishes = [wish.on(here()) for interface in interfaces.values() for wish in assortment(interface)]
         await self._take(connection, sorted(wishes, key=lambda wish: wish.rank), event.envelope.event_id)
 
     async def on_wish(self, connection: Connection, event: Event) -> None:
@@ -53,10 +53,12 @@ class Orders:
             interface=from_proto(message.interface, SlotInterface),
             symbols=dict(message.symbols),
             pipeline=message.pipeline,
+            target=message.target,
+            toolchain=message.toolchain,
         )
         if wish.build_id != message.build_id:
             raise InvalidInput(f"{message.build_id} is not the id of what it asks for", hint=f"it is {wish.build_id}")
-        await builds.expect(connection, wish)
+        await builds.expect(connection, wish.on(here()))
         await self._bell.ring(connection, NEWS)
 
     async def submit(
@@ -73,14 +75,15 @@ class Orders:
         builds.check_pipeline(pipeline or PIPELINE)
         design = await self._designs.get(blueprint_id)
         bound = design.bind(symbols)
-        analyse(design, interface, bound)
+        estimate = Estimate.of(design, interface, bound)
         wish = Wish(
             blueprint_id=design.id,
             blueprint_name=design.name,
             interface=interface,
             symbols=bound,
             pipeline=pipeline or PIPELINE,
-        )
+            estimate=estimate,
+        ).on(here())
         async with self._database.acquire() as connection, connection.transaction():
             await self._take(connection, [wish], "")
         return await builds.get(self._database, wish.build_id)
@@ -104,4 +107,6 @@ def _requested(wish: Wish) -> bus_pb2.BuildRequested:
         interface=to_proto(wish.interface, blueprint_pb2.SlotInterface),
         symbols=dict(wish.symbols),
         pipeline=wish.pipeline,
+        target=wish.target,
+        toolchain=wish.toolchain,
     )

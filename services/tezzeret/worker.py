@@ -1,7 +1,7 @@
 """The worker: takes builds one after the other, has the child forge them, signs, stores and announces them.
 
 A build that is refused is FAILED with the reason; one that failed for reasons of its surroundings is tried again, as
-often as it takes while the library is away and ``MAX_ATTEMPTS`` times otherwise. A kernel is announced in the
+often as it takes while the library is away and ``MAX_FAILURES`` times otherwise. A kernel is announced in the
 transaction that marks its build DONE, so every kernel is announced once even when the forge dies at any point.
 """
 
@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import asyncpg
+
 from esper_core import log
+from esper_core.blueprint.refusal import code_of
 from esper_core.bus import subjects
 from esper_core.bus.database import Pool
 from esper_core.bus.envelope import wrap
@@ -32,14 +35,16 @@ from services.child import WarmChild
 from services.lease import held
 from services.sandbox import Limits
 from services.tezzeret import builds
-from services.tezzeret.builds import Build
+from services.tezzeret.builds import Build, Estimate
 from services.tezzeret.designs import Designs
+from services.tezzeret.forges import BEAT_SECONDS, Forge
+from services.tezzeret.toolchain import here
 
 PRINCIPAL = "tezzeret"
 NEWS = "tezzeret"
 MODULE = "services.tezzeret.forge"
 LIMITS = Limits(wall_seconds=120.0, cpu_seconds=120.0)
-MAX_ATTEMPTS = 3
+MAX_FAILURES = 3
 RETRY_SECONDS = 0.5
 AWAY_SECONDS = 2.0
 """Pause while the library is away; such attempts do not count."""
@@ -70,6 +75,7 @@ class Worker:
         designs: where blueprints are read.
         key: path of the signing key (PEM).
         limits: of the child.
+        lease_seconds: how long a claim lasts without a sign of life.
     """
 
     def __init__(
@@ -80,9 +86,13 @@ class Worker:
         designs: Designs,
         key: Path,
         limits: Limits = LIMITS,
+        lease_seconds: float = builds.LEASE_SECONDS,
     ) -> None:
         self._database, self._bell, self._urza, self._designs, self._key = database, bell, urza, designs, key
+        self._lease = lease_seconds
         self._name = f"forge-{new_id()}"
+        self._toolchain = here()
+        self._forge = Forge(self._name, self._toolchain)
         self.child = WarmChild(MODULE, limits)
 
     async def run(self) -> None:
@@ -91,11 +101,12 @@ class Worker:
         Raises:
             asyncpg.PostgresError, OSError: the database is away; what was claimed is taken up again by the next run.
         """
+        beating = asyncio.create_task(self._beat())
         try:
             await builds.release(self._database, self._name)
             while True:
                 rung = self._bell.expect(NEWS)
-                build = await builds.claim(self._database, self._name)
+                build = await builds.claim(self._database, self._name, self._toolchain, self._lease)
                 if build is None:
                     await self._bell.wait(rung)
                 else:
@@ -103,14 +114,25 @@ class Worker:
         except Unavailable:
             return
         finally:
+            beating.cancel()
             await self.child.close()
             await builds.release(self._database, self._name)
+            await self._forge.leave(self._database)
+
+    async def _beat(self) -> None:
+        """Signs of life, whatever the work is doing; one that gets lost is made good by the next."""
+        while True:
+            try:
+                await self._forge.beat(self._database)
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+                LOG.warning("forge.beat_lost", reason=str(error))
+            await asyncio.sleep(BEAT_SECONDS)
 
     async def _work(self, build: Build) -> None:
         started = time.monotonic()
-        renew = partial(builds.renew, self._database, build.build_id, self._name)
+        renew = partial(builds.renew, self._database, build.build_id, self._name, self._lease)
         try:
-            async with held(renew, builds.LEASE_SECONDS / 3):
+            async with held(renew, self._lease / 3):
                 made = await self._make(build)
         except EsperError as error:
             await self._give_up(build, error, time.monotonic() - started)
@@ -120,6 +142,9 @@ class Worker:
     async def _make(self, build: Build) -> Made:
         builds.check_pipeline(build.pipeline)
         design = await self._designs.get(build.blueprint_id)
+        if not build.parameters:
+            estimate = Estimate.of(design, build.interface, build.symbols)
+            await builds.note_estimate(self._database, build.build_id, self._name, estimate)
         path = self.child.scratch / build.build_id
         job = {
             "do": "forge",
@@ -171,15 +196,19 @@ class Worker:
             )
             if done:
                 await enqueue(connection, subjects.KERNEL_READY.of(), envelope)
+        if done:
+            await self._forge.count(self._database, done=True)
         LOG.info("build.done" if done else "build.taken_over", build_id=build.build_id, kernel_id=made.kernel_id)
 
     async def _give_up(self, build: Build, error: EsperError, seconds: float) -> None:
         reason = f"{type(error).__name__}: {error.message}"
         away = isinstance(error, Unavailable)
-        final = isinstance(error, REFUSED) or (not away and build.attempts >= MAX_ATTEMPTS)
+        final = isinstance(error, REFUSED) or (not away and build.failures + 1 >= MAX_FAILURES)
         LOG.warning("build.failed" if final else "build.postponed", build_id=build.build_id, reason=reason)
         if final:
-            await builds.fail(self._database, build.build_id, self._name, reason=reason, seconds=seconds)
+            fail = partial(builds.fail, self._database, build.build_id, self._name)
+            if await fail(reason=reason, seconds=seconds, refusal=code_of(error)):
+                await self._forge.count(self._database, done=False)
             return
         pause = AWAY_SECONDS if away else RETRY_SECONDS
         await builds.postpone(

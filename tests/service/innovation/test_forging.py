@@ -14,7 +14,7 @@ from esper_core.blueprint.catalogue import catalogue
 from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.bus import subjects
 from esper_core.bus.envelope import wrap
-from esper_core.errors import InvalidInput, NotFound, Unsupported
+from esper_core.errors import InvalidInput, NotFound, Refused, Unsupported
 from esper_core.kernel.pack import load
 from esper_core.kernel.record import KernelStatus
 from esper_core.kernel.trust import TrustList, verify_kernel
@@ -196,6 +196,42 @@ async def test_a_wish_from_the_bus_that_cannot_be_built_fails_with_a_reason(inno
         return next((build for build in await builds_of(innovation, slot) if build.state == FAILED), None)
 
     assert "magic" in (await until(failed)).reason
+
+
+async def test_a_refused_wish_carries_the_reasons_name(innovation: Innovation) -> None:
+    with pytest.raises(Refused) as caught:
+        await innovation.tezzeret().SubmitBuild(submission(interface(), "squeeze_excite"))
+    assert caught.value.code == "WRONG_LAYOUT"
+
+    from services.tezzeret.builds import Wish
+
+    slot = interface(in_width=1 << 20)
+    wish = Wish(blueprint_id=catalogue()["bottleneck_mlp"].id, interface=slot, symbols={"width": 1 << 10})
+    message = bus_pb2.BuildRequested(
+        build_id=wish.build_id,
+        blueprint_id=wish.blueprint_id,
+        interface=to_proto(slot, blueprint_pb2.SlotInterface),
+        symbols=wish.symbols,
+        pipeline=wish.pipeline,
+    )
+    await innovation.bus.publish(subjects.BLUEPRINT_SUBMITTED.of(), wrap(message, producer="karn"))
+
+    async def failed() -> tezzeret_pb2.Build | None:
+        return next((build for build in await builds_of(innovation, slot) if build.state == FAILED), None)
+
+    build = await until(failed)
+    assert build.refusal == tezzeret_pb2.REFUSAL_TOO_LARGE
+    assert "exceeds" in build.reason
+    assert build.target  # a wish for no certain machine is for the forge that heard of it
+
+
+async def test_a_build_tells_what_it_will_take(innovation: Innovation) -> None:
+    slot = interface(in_width=20, out_width=10)
+    answer = await innovation.tezzeret().SubmitBuild(submission(slot, symbols={"width": 5}))
+    build = answer.build
+    assert build.parameters == 20 * 5 + 5 + 5 * 10 + 10
+    assert build.flops == 2 * 20 * 5 + 5 + 2 * 5 * 10
+    assert build.memory_bytes == 4 * (4 * build.parameters + 64 * (5 + 5 + 10))
 
 
 async def test_a_killed_forge_still_completes_once(innovation: Innovation) -> None:

@@ -15,11 +15,16 @@ from esper_core.kernel.record import KernelStatus
 from esper_core.store.postgres import migrate, open_pool
 from services.tezzeret import builds
 from services.tezzeret.builds import BuildState, Wish
+from services.tezzeret.forges import Forge
+from services.tezzeret.toolchain import Toolchain
 from services.urabrask import evaluations
 from services.urabrask.evaluations import Phase
 from tests.service.innovation.papers import interface
 
 Pool = asyncpg.Pool
+HERE = Toolchain("linux/x/this processor", {"torch": "1"})
+NEWER = Toolchain(HERE.target, {"torch": "2"})
+ELSEWHERE = Toolchain("linux/x/another processor", HERE.versions)
 
 
 @pytest.fixture
@@ -44,11 +49,11 @@ async def queue(pool: Pool, ranks: list[int]) -> dict[int, str]:
 
 async def test_many_forges_share_the_queue_most_useful_first(pool: Pool) -> None:
     await queue(pool, [2, 0, 1])
-    claims = await asyncio.gather(*(builds.claim(pool, f"forge-{n}") for n in range(5)))
+    claims = await asyncio.gather(*(builds.claim(pool, f"forge-{n}", HERE) for n in range(5)))
     taken = [build for build in claims if build is not None]
     assert len(taken) == len({build.build_id for build in taken}) == 3
     (only,) = [rank for rank in (await queue(pool, [7, 3])) if rank == 3]
-    following = await builds.claim(pool, "forge-x")
+    following = await builds.claim(pool, "forge-x", HERE)
     assert following is not None
     rank = await pool.fetchval("SELECT rank FROM tezzeret.builds WHERE build_id = $1", following.build_id)
     assert rank == only
@@ -56,14 +61,14 @@ async def test_many_forges_share_the_queue_most_useful_first(pool: Pool) -> None
 
 async def test_a_lapsed_lease_is_taken_over_and_the_late_forge_cannot_interfere(pool: Pool) -> None:
     (build_id,) = (await queue(pool, [0])).values()
-    first = await builds.claim(pool, "slow", lease_seconds=0.2)
+    first = await builds.claim(pool, "slow", HERE, lease_seconds=0.2)
     assert first is not None
-    assert await builds.claim(pool, "quick") is None
+    assert await builds.claim(pool, "quick", HERE) is None
     assert await builds.renew(pool, build_id, "slow", lease_seconds=0.4)
     await asyncio.sleep(0.25)
-    assert await builds.claim(pool, "quick") is None
+    assert await builds.claim(pool, "quick", HERE) is None
     await asyncio.sleep(0.3)
-    second = await builds.claim(pool, "quick")
+    second = await builds.claim(pool, "quick", HERE)
     assert second is not None
     assert (second.build_id, second.attempts) == (build_id, 2)
     assert not await builds.renew(pool, build_id, "slow")
@@ -75,16 +80,50 @@ async def test_a_lapsed_lease_is_taken_over_and_the_late_forge_cannot_interfere(
     assert (await builds.get(pool, build_id)).state is BuildState.DONE
 
 
+async def test_a_forge_takes_only_what_is_for_its_kind_of_machine_and_its_toolchain(pool: Pool) -> None:
+    open_wish = Wish(blueprint_id="blueprint-" + "0" * 64, interface=interface())
+    wishes = [open_wish.on(toolchain) for toolchain in (HERE, NEWER, ELSEWHERE)]
+    assert len({open_wish.build_id, *(wish.build_id for wish in wishes)}) == 4
+    assert wishes[0].on(ELSEWHERE) == wishes[0]
+    async with pool.acquire() as connection:
+        for wish in wishes:
+            assert await builds.add(connection, wish)
+            assert not await builds.add(connection, wish)
+    for toolchain, wish in zip((ELSEWHERE, HERE, NEWER), (wishes[2], wishes[0], wishes[1]), strict=True):
+        found = await builds.claim(pool, "a", toolchain)
+        assert found is not None
+        assert (found.build_id, found.target, found.toolchain) == (wish.build_id, toolchain.target, toolchain.name)
+        assert await builds.claim(pool, "a", toolchain) is None
+    async with pool.acquire() as connection:
+        await builds.add(connection, open_wish)
+    anybody = await builds.claim(pool, "a", NEWER)
+    assert anybody is not None
+    assert anybody.build_id == open_wish.build_id
+
+
+async def test_a_forge_is_known_while_it_gives_signs_of_life(pool: Pool) -> None:
+    forge = Forge("forge-1", HERE)
+    await forge.beat(pool)
+    await forge.count(pool, done=True)
+    await forge.count(pool, done=False)
+    await forge.beat(pool)
+    row = await pool.fetchrow("SELECT *, seen > started AS later FROM tezzeret.forges")
+    assert row is not None
+    assert (row["forge"], row["done"], row["failed"], row["later"]) == ("forge-1", 1, 1, True)
+    await forge.leave(pool)
+    assert await pool.fetchval("SELECT count(*) FROM tezzeret.forges") == 0
+
+
 async def test_a_postponed_build_waits_and_a_released_one_does_not(pool: Pool) -> None:
     (build_id,) = (await queue(pool, [0])).values()
-    assert await builds.claim(pool, "a")
+    assert await builds.claim(pool, "a", HERE)
     assert await builds.postpone(pool, build_id, "a", reason="away", delay_seconds=0.3, counts=False)
     assert (await builds.get(pool, build_id)).attempts == 0
-    assert await builds.claim(pool, "a") is None
+    assert await builds.claim(pool, "a", HERE) is None
     await asyncio.sleep(0.35)
-    assert await builds.claim(pool, "a")
+    assert await builds.claim(pool, "a", HERE)
     await builds.release(pool, "a")
-    again = await builds.claim(pool, "b")
+    again = await builds.claim(pool, "b", HERE)
     assert again is not None
     assert again.attempts == 1
 
@@ -93,7 +132,7 @@ async def test_a_failed_build_is_queued_again_by_asking_but_not_by_an_old_event(
     wish = Wish(blueprint_id="blueprint-" + "0" * 64, interface=interface())
     async with pool.acquire() as connection:
         assert await builds.expect(connection, wish)
-        assert await builds.claim(pool, "a")
+        assert await builds.claim(pool, "a", HERE)
         assert await builds.fail(pool, wish.build_id, "a", reason="no good", seconds=0.1)
         assert not await builds.expect(connection, wish)
         assert (await builds.get(pool, wish.build_id)).state is BuildState.FAILED

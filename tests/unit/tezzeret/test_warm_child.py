@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from esper_core.errors import DeadlineExceeded, Exhausted, Internal, InvalidInput
-from services.child import WarmChild
+from services.child import ALLOWED, WarmChild
 from services.sandbox import Limits
 
 WORKS = "tests.unit.tezzeret.child_works"
@@ -41,6 +42,35 @@ async def test_one_child_does_many_jobs_in_a_scrubbed_environment(
         await child.ask({"do": "refuse"})
     assert caught.value.hint == "ask for less"
     assert (await child.ask({"do": "echo", "say": 3}))["pid"] == first["pid"]
+
+
+async def test_a_child_reaches_nobody_not_even_on_loopback(child: WarmChild) -> None:
+    heard: list[str] = []
+
+    async def hear(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append("somebody")
+        writer.close()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)  # the line itself is fine
+        writer.close()
+        await writer.wait_closed()
+        found = await child.ask({"do": "dial", "port": port})
+    assert heard == ["somebody"]
+    assert found["python"] == "EPERM"
+    if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"):
+        assert (found["libc"], found["unix"]) == ("EPERM", "EPERM")
+        assert "PermissionError" in found["grandchild"]
+
+
+async def test_no_secret_of_the_parents_environment_is_seen(child: WarmChild, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ESPER_NATS__PASSWORD", "AWS_SECRET_ACCESS_KEY", "LD_PRELOAD_NOT", "A_NEW_ONE"):
+        monkeypatch.setenv(name, "canary-7f3a")
+    seen = (await child.ask({"do": "look"}))["environment"]
+    assert "canary-7f3a" not in str(seen)
+    assert set(seen) <= {*ALLOWED, "LC_CTYPE"}
 
 
 async def test_a_warmed_child_takes_the_next_job(child: WarmChild) -> None:
@@ -101,7 +131,7 @@ async def test_an_idle_child_leaves_and_the_next_job_starts_another() -> None:
 def test_an_orphaned_child_leaves_nothing_behind() -> None:
     parent = f"""if True:
         import asyncio, os, signal
-        from services.child import WarmChild
+        from services.child import ALLOWED, WarmChild
         from services.sandbox import Limits
 
         async def main():
