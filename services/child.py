@@ -24,6 +24,8 @@ from esper_core.errors import DeadlineExceeded, Exhausted, Internal
 from services.sandbox import MAX_LINE, Job, Limits
 
 _ROOT = str(Path(__file__).resolve().parents[1])
+TOO_LATE = (-signal.SIGXCPU, -signal.SIGALRM)
+TOO_MUCH = (-signal.SIGKILL, -signal.SIGABRT)  # the system's memory killer, and allocators that give up
 _KINDS = {cls.__name__: cls for cls in errors.every()}
 
 
@@ -59,9 +61,7 @@ class WarmChild:
         """The child's answer to ``job``.
 
         Raises:
-            DeadlineExceeded: it did not answer within the wall-clock limit and was killed.
-            Exhausted: it was ended by a signal, or used up its memory or CPU allowance.
-            Internal: the work failed in a way it did not foresee.
+    XX
             EsperError: whatever the work raised.
         """
         async with self._turn:
@@ -103,9 +103,11 @@ class WarmChild:
             if answer is not None:
                 return answer
             code = await process.wait()
-            if code < 0:
-                raise Exhausted(self._obituary(code), hint="it used more CPU or memory than it may, or was killed")
-            if code > 0:
+            if code in TOO_LATE:
+                raise DeadlineExceeded(self._obituary(code), hint="it used more time than it may")
+            if code in TOO_MUCH:
+                raise Exhausted(self._obituary(code), hint="it used more memory than it may, or was killed")
+            if code != 0:
                 raise Internal(self._obituary(code), hint="a defect in the work itself; see the service's log")
         raise Internal(f"{self._module} ended twice without an answer", hint="see the service's log")
 
