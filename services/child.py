@@ -28,6 +28,8 @@ ALLOWED = (
     "PATH", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "HOME", "TMPDIR", "LC_ALL", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
 )  # fmt: skip
 """All that a child's environment holds; no value but PYTHONPATH's is the parent's."""
+TOO_LATE = (-signal.SIGXCPU, -signal.SIGALRM)
+TOO_MUCH = (-signal.SIGKILL, -signal.SIGABRT)  # the system's memory killer, and allocators that give up
 _KINDS = {cls.__name__: cls for cls in errors.every()}
 
 
@@ -62,11 +64,9 @@ class WarmChild:
     async def ask(self, job: Job) -> Job:
         """The child's answer to ``job``.
 
-        Raises:
-            DeadlineExceeded: it did not answer within the wall-clock limit and was killed.
-            Exhausted: it was ended by a signal, or used up its memory or CPU allowance.
-            Internal: the work failed in a way it did not foresee.
-            EsperError: whatever the work raised.
+            Raises:
+        XX
+                EsperError: whatever the work raised.
         """
         async with self._turn:
             try:
@@ -109,9 +109,11 @@ class WarmChild:
             if answer is not None:
                 return answer
             code = await process.wait()
-            if code < 0:
-                raise Exhausted(self._obituary(code), hint="it used more CPU or memory than it may, or was killed")
-            if code > 0:
+            if code in TOO_LATE:
+                raise DeadlineExceeded(self._obituary(code), hint="it used more time than it may")
+            if code in TOO_MUCH:
+                raise Exhausted(self._obituary(code), hint="it used more memory than it may, or was killed")
+            if code != 0:
                 raise Internal(self._obituary(code), hint="a defect in the work itself; see the service's log")
         raise Internal(f"{self._module} ended twice without an answer", hint="see the service's log")
 

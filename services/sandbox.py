@@ -155,6 +155,11 @@ def peak_memory() -> Iterator[list[int]]:
         found.append((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
 
 
+def resident() -> int:
+    """Resident bytes of this process; 0 where the system does not tell."""
+    return _status("VmRSS")
+
+
 def target() -> str:
     """Fingerprint of the machine kind: operating system, architecture and processor."""
     processor = platform.processor()

@@ -56,6 +56,14 @@ def load(blob: bytes, manifest: KernelManifest) -> KernelModule:
     return module
 
 
+def finite(blob: bytes) -> bool:
+    """Whether a blob holds no NaN and no infinity, whatever it is the blob of; True for what is no safetensors file."""
+    try:
+        return not _not_finite(safetensors.load(blob))
+    except (SafetensorError, KeyError):
+        return True
+
+
 def _checked(blob: bytes, manifest: KernelManifest, module: KernelModule) -> dict[str, Tensor]:
     name = manifest.kernel_id
     if len(blob) != manifest.blob_bytes:

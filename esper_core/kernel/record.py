@@ -26,6 +26,32 @@ class KernelStatus(enum.IntEnum):
     """Withdrawn after it had been validated."""
 
 
+class RejectionReason(enum.IntEnum):
+    """What was wrong with a kernel; numbers and meanings are those of ``esper.core.v1.RejectionReason``."""
+
+    UNTRUSTED = 1
+    MANIFEST = 2
+    OVERSIZED = 3
+    ARTIFACT = 4
+    WEIGHTS_NOT_FINITE = 5
+    SHAPE = 6
+    NOT_SILENT = 7
+    MUTATES_INPUT = 8
+    OUTPUT_NOT_FINITE = 9
+    GRADIENT_NOT_FINITE = 10
+    EXPLODES = 11
+    VANISHES = 12
+    UNREACHED = 13
+    CANNOT_LEARN = 14
+    NONDETERMINISTIC = 15
+    LEAKS_ROWS = 16
+    LEAKS_FUTURE = 17
+    LEAKS_MEMORY = 18
+    TIMEOUT = 19
+    MEMORY = 20
+    FAILS = 21
+
+
 class Lesson(BaseModel):
     """How well a kernel learned one standard exercise for its interface."""
 
@@ -67,6 +93,16 @@ class Measurement(BaseModel):
     """Fingerprint of the machine kind it was measured on."""
     lessons: tuple[Lesson, ...] = Field((), max_length=32)
     """How well it learned the standard exercises; empty when none was given."""
+    backward_seconds_p99: float | None = Field(None, ge=0)
+    """99th percentile of the forward and backward seconds. None, like the fields below, in older measurements."""
+    rows_per_second: float | None = Field(None, ge=0)
+    """Rows per second over all timed forward passes, the slow ones included."""
+    counted_flops: int | None = Field(None, ge=0)
+    """FLOPs of one sample's forward pass as counted on the artifact: matrix products, convolutions and attention."""
+    input_gradient_norm: float | None = Field(None, ge=0)
+    """Norm of the gradient at the input for a unit-scale loss."""
+    gradient_ratio: float | None = Field(None, ge=0)
+    """Norm of the gradient at the first layer's weights over that at the last layer's."""
 
     @property
     def learned(self) -> float | None:

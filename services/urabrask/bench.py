@@ -1,11 +1,12 @@
 """The bench, in a child process: a kernel's papers and bytes in, findings and figures out.
 
 ``python -m services.urabrask.bench`` speaks the protocol of ``services.sandbox``, which also says what it does not
-protect against. What is wrong with a kernel is an answer (``unfit``), not an error.
+protect against. What is wrong with a kernel is an answer (``unfit`` and ``reason``), not an error.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,46 +17,66 @@ from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.build import KernelModule
 from esper_core.errors import Corrupt, InvalidInput
 from esper_core.kernel.manifest import KernelManifest
-from esper_core.kernel.pack import load
-from esper_core.kernel.record import Lesson
+from esper_core.kernel.pack import finite, load
+from esper_core.kernel.record import Lesson, RejectionReason
 from esper_core.nn.lessons import study
-from services.sandbox import Job, serve
+from services.sandbox import Job, Work, serve
+from services.urabrask.finding import Unfit
 from services.urabrask.measure import batch_for, measure
-from services.urabrask.safety import ROWS, Unfit, check
+from services.urabrask.safety import ROWS, check
+
+Found = tuple[KernelManifest, Callable[[], KernelModule], int]
+"""What a job is about: the papers, how to make the kernel, and how many rows to run it with."""
 
 
-def safety(job: Job) -> Job:
-    """The safety phase on the kernel in ``job["manifest"]`` and the file ``job["blob"]``."""
-    try:
-        manifest, make, batch = _kernel(job)
+def works(find: Callable[[Job], Found]) -> dict[str, Work]:
+    """The two phases by name, on what ``find`` makes of a job."""
+
+    def safety(job: Job) -> Job:
+        manifest, make, batch = find(job)
         check(make, manifest.interface, min(ROWS, batch))
-    except Unfit as finding:
-        return {"unfit": str(finding)}
-    return {}
+        return {}
 
-
-def benchmark(job: Job) -> Job:
-    """The benchmark phase, likewise."""
-    try:
-        manifest, make, batch = _kernel(job)
-        found = measure(make, manifest.interface, batch)
+    def benchmark(job: Job) -> Job:
+        manifest, make, batch = find(job)
         lessons = tuple(Lesson(**asdict(mark)) for mark in study(make))
-    except Unfit as finding:
-        return {"unfit": str(finding)}
-    return {"measurement": found.model_copy(update={"lessons": lessons}).model_dump(mode="json")}
+        found = measure(make, manifest, batch).model_copy(update={"lessons": lessons})
+        return {"measurement": found.model_dump(mode="json")}
+
+    return {work.__name__: _answering(work) for work in (safety, benchmark)}
 
 
-def _kernel(job: Job) -> tuple[KernelManifest, Callable[[], KernelModule], int]:
+def from_artifact(job: Job) -> Found:
+    """The kernel in ``job["manifest"]`` and the file ``job["blob"]``.
+
+    Raises:
+        Unfit: ARTIFACT, WEIGHTS_NOT_FINITE or MANIFEST: they do not fit together.
+    """
     manifest = KernelManifest.model_validate(job["manifest"])
     blob = Path(job["blob"]).read_bytes()
     try:
         load(blob, manifest)
         analysis = analyse(manifest.blueprint, manifest.interface, manifest.symbols)
-    except (Corrupt, InvalidInput) as error:
-        raise Unfit(error.message) from None
+    except Corrupt as error:
+        raise Unfit(
+            RejectionReason.ARTIFACT if finite(blob) else RejectionReason.WEIGHTS_NOT_FINITE, error.message
+        ) from None
+    except InvalidInput as error:
+        raise Unfit(RejectionReason.MANIFEST, error.message) from None
     return manifest, lambda: load(blob, manifest), batch_for(analysis.activation_elements)
+
+
+def _answering(work: Work) -> Work:
+    def answer(job: Job) -> Job:
+        try:
+            return work(job)
+        except Unfit as finding:
+            return {"unfit": finding.message, "reason": finding.reason.name}
+
+    return answer
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    serve({"safety": safety, "benchmark": benchmark})
+    gc.freeze()  # what was imported never becomes garbage; looking for leaks need not count it each time
+    serve(works(from_artifact))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from esper_core.bus.database import Connection, Pool
 from esper_core.errors import NotFound
-from esper_core.kernel.record import KernelStatus, Measurement
+from esper_core.kernel.record import KernelStatus, Measurement, RejectionReason
 
 LEASE_SECONDS = 30.0
 
@@ -46,6 +46,7 @@ class Evaluation(BaseModel):
     reason: str = ""
     measurement: Measurement | None = None
     tags: tuple[str, ...] = ()
+    rejection: RejectionReason | None = None
 
 
 class Claim(BaseModel):
@@ -57,7 +58,7 @@ class Claim(BaseModel):
     attempts: int
 
 
-_FIELDS = "kernel_id, phase, verdict, reason, measurement, tags"
+_FIELDS = "kernel_id, phase, verdict, reason, measurement, tags, rejection"
 _FREE = "claimed_by = NULL, lease_until = NULL"
 
 
@@ -122,11 +123,18 @@ async def finish(
     reason: str,
     measurement: Measurement | None,
     tags: Sequence[str],
+    rejection: RejectionReason | None = None,
+    parameters: int | None = None,
 ) -> bool:
-    """Note the verdict on a claimed kernel; False when the claim was lost."""
-    change = f"phase = 5, verdict = $3, reason = $4, measurement = $5, tags = $6, {_FREE}"
+    """Note the verdict on a claimed kernel; False when the claim was lost.
+
+    Without ``rejection``, a kernel that is not VALIDATED keeps the one it had.
+    """
+    change = f"""phase = 5, verdict = $3, reason = $4, measurement = $5, tags = $6, parameters = $8,
+        rejection = CASE WHEN $3 = 2 THEN NULL ELSE coalesce($7, rejection) END, {_FREE}"""
     figures = None if measurement is None else measurement.model_dump_json()
-    return await _guarded(connection, change, kernel_id, judge, int(verdict), reason[:500], figures, list(tags))
+    values = (int(verdict), reason[:500], figures, list(tags), rejection and int(rejection), parameters)
+    return await _guarded(connection, change, kernel_id, judge, *values)
 
 
 async def postpone(pool: Pool, kernel_id: str, judge: str, *, reason: str, delay_seconds: float, counts: bool) -> bool:

@@ -7,30 +7,28 @@ library is away nothing is decided.
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from pathlib import Path
 
 from esper_core import log
-from esper_core.blueprint.analyse import analyse
 from esper_core.bus import subjects
 from esper_core.bus.database import Pool
 from esper_core.bus.envelope import wrap
 from esper_core.bus.outbox import enqueue
-from esper_core.errors import EsperError, InvalidInput, NotFound, Unavailable, Untrusted
+from esper_core.errors import EsperError, NotFound, Unavailable
 from esper_core.ids import new_id
-from esper_core.kernel.manifest import KernelManifest
-from esper_core.kernel.record import KernelRecord, KernelStatus, Measurement
-from esper_core.kernel.trust import TrustList, verify_statement
+from esper_core.kernel.record import KernelRecord, KernelStatus
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import kernel_pb2
 from esper_core.rpc.convert import to_proto
 from services.bell import Bell
 from services.child import WarmChild
 from services.lease import held
-from services.sandbox import Job, Limits
+from services.sandbox import Limits
 from services.urabrask import evaluations
-from services.urabrask.evaluations import Claim, Phase
+from services.urabrask.evaluations import Claim
+from services.urabrask.examination import Examination
+from services.urabrask.finding import Unfit, reason_of
 from services.urabrask.library import Library
 from services.urabrask.tags import tags_for
 from services.urabrask.verdict import Verdict
@@ -55,6 +53,7 @@ class Judge:
         library: where kernels are read and verdicts go.
         trust: path of the list of keys whose build statements count.
         limits: of the child.
+        module: what the child runs.
     """
 
     def __init__(
@@ -64,10 +63,12 @@ class Judge:
         library: Library,
         trust: Path,
         limits: Limits = LIMITS,
+        module: str = MODULE,
     ) -> None:
-        self._database, self._bell, self._library, self._trust = database, bell, library, trust
+        self._database, self._bell, self._library = database, bell, library
         self._name = f"judge-{new_id()}"
-        self.child = WarmChild(MODULE, limits)
+        self.child = WarmChild(module, limits)
+        self._examination = Examination(self.child, trust)
 
     async def run(self) -> None:
         """Judge until cancelled, or until the platform begins to stop.
@@ -109,56 +110,20 @@ class Judge:
     async def _examined(self, claim: Claim, record: KernelRecord) -> Verdict:
         if record.status in (KernelStatus.REJECTED, KernelStatus.RETIRED):
             return Verdict.as_it_stands(record)
+        enter = partial(evaluations.enter, self._database, claim.kernel_id, self._name)
         try:
-            measurement = await self._phases(record)
-        except (InvalidInput, Untrusted) as finding:
-            return Verdict.unfit(record, finding.message)
+            measurement = await self._examination.of(record, self._library.fetch, enter)
+        except Unfit as finding:
+            return Verdict.unfit(record, finding)
         except Unavailable:
             raise
         except EsperError as error:
             if claim.attempts < MAX_ATTEMPTS:
                 raise
-            return Verdict.unfit(record, f"{MAX_ATTEMPTS} attempts ended with: {error.message}")
+            last = Unfit(reason_of(error), f"{MAX_ATTEMPTS} attempts ended with: {error.message}")
+            return Verdict.unfit(record, last)
         population = await evaluations.population(self._database, measurement.target)
         return Verdict.fit(measurement, tags_for(record.manifest, measurement, population))
-
-    async def _phases(self, record: KernelRecord) -> Measurement:
-        """Through all three phases.
-
-        Raises:
-            InvalidInput, Untrusted: the kernel is unfit.
-            EsperError: it could not be found out.
-        """
-        manifest = record.manifest
-        self._static(record)
-        blob = await self._library.fetch(manifest)
-        path = self.child.scratch / manifest.kernel_id
-        await asyncio.to_thread(path.write_bytes, blob)
-        try:
-            await self._run(manifest, Phase.SAFETY, "safety", path)
-            answer = await self._run(manifest, Phase.BENCHMARK, "benchmark", path)
-        finally:
-            path.unlink(missing_ok=True)
-        measurement = Measurement.model_validate(answer["measurement"])
-        if not measurement.deterministic:
-            raise InvalidInput("two equal calls give different results")
-        return measurement
-
-    def _static(self, record: KernelRecord) -> None:
-        manifest = record.manifest
-        analysis = analyse(manifest.blueprint, manifest.interface, manifest.symbols)
-        if (manifest.parameters, manifest.flops) != (analysis.parameters, analysis.flops):
-            raise InvalidInput("the manifest's figures are not those of its blueprint")
-        if not record.attestations:
-            raise Untrusted("there is no build statement")
-        verify_statement(manifest, record.attestations[0], TrustList.load(self._trust), "build")
-
-    async def _run(self, manifest: KernelManifest, phase: Phase, work: str, path: Path) -> Job:
-        await evaluations.enter(self._database, manifest.kernel_id, self._name, phase)
-        answer = await self.child.ask({"do": work, "manifest": manifest.model_dump(mode="json"), "blob": str(path)})
-        if finding := answer.get("unfit"):
-            raise InvalidInput(finding)
-        return answer
 
     async def _announce(self, record: KernelRecord, verdict: Verdict) -> None:
         kernel_id = record.manifest.kernel_id
@@ -168,6 +133,7 @@ class Judge:
             reason=verdict.reason[:500],
             tags=verdict.tags,
             interface_id=record.interface_id,
+            rejection=None if verdict.rejection is None else kernel_pb2.RejectionReason.Name(verdict.rejection),
         )
         if verdict.measurement is not None:
             message.measurement.CopyFrom(to_proto(verdict.measurement, kernel_pb2.Measurement))
@@ -180,6 +146,8 @@ class Judge:
                 reason=verdict.reason,
                 measurement=verdict.measurement,
                 tags=verdict.tags,
+                rejection=verdict.rejection,
+                parameters=record.manifest.parameters,
             )
             if done:
                 await enqueue(connection, subjects.KERNEL_CHARACTERIZED.of(), wrap(message, producer=PRINCIPAL))

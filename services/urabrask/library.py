@@ -61,6 +61,7 @@ class Library:
         said = {
             "verdict": verdict.status.name,
             "reason": verdict.reason,
+            "rejection": verdict.rejection and verdict.rejection.name,
             "tags": list(verdict.tags),
             "measurement": None if verdict.measurement is None else verdict.measurement.model_dump(mode="json"),
         }

@@ -13,10 +13,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from esper_core.blueprint.interface import SlotInterface
-from esper_core.kernel.record import Measurement
+from esper_core.blueprint.analyse import analyse
+from esper_core.blueprint.interface import Layout
+from esper_core.kernel.manifest import KernelManifest
+from esper_core.kernel.record import Measurement, RejectionReason
 from services.sandbox import peak_memory, target
+from services.urabrask.finding import Unfit
 from services.urabrask.safety import Make, awaken, gradient_norm, gradients, shapes
 
 REPETITIONS = 30
@@ -32,29 +36,69 @@ def batch_for(activation_elements: int) -> int:
     return next((rows for rows in BATCHES if rows * per_row <= BATCH_BYTES), BATCHES[-1])
 
 
-def measure(make: Make, interface: SlotInterface, batch: int) -> Measurement:
-    """Time ``batch`` rows, ``REPETITIONS`` times forward and as often forward and backward."""
-    enters, _ = shapes(interface)
+def measure(make: Make, manifest: KernelManifest, batch: int) -> Measurement:
+    """Time ``batch`` rows, ``REPETITIONS`` times forward and as often forward and backward, and look at the gradient.
+
+    Raises:
+        Unfit: MANIFEST: it computes more than its papers say.
+    """
+    enters, _ = shapes(manifest.interface)
     x = torch.randn(batch, *enters, generator=torch.Generator().manual_seed(3))
     # One row alone has no variance between rows; a kernel that normalises by batch is then timed as in evaluation.
     module = awaken(make()).train(batch > 1)
     with peak_memory() as peak:
         backward = _timed(lambda: gradients(module, x), WARM_UP + REPETITIONS)[WARM_UP:]
     forward = _timed(lambda: _forward(module, x), WARM_UP + REPETITIONS)[WARM_UP:]
-    first, _, found = gradients(module, x)
+    first, at_input, found = gradients(module, x)
     second, _, _ = gradients(module, x)
     return Measurement(
         batch=batch,
         forward_seconds=statistics.median(forward),
-        forward_seconds_p99=statistics.quantiles(forward, n=100, method="inclusive")[98],
+        forward_seconds_p99=_p99(forward),
         backward_seconds=statistics.median(backward),
+        backward_seconds_p99=_p99(backward),
+        rows_per_second=batch * len(forward) / sum(forward),
         peak_memory_bytes=peak[0],
+        counted_flops=_counted(module, x, manifest),
         precision_drift=_drift(module, x),
         gradient_norm=gradient_norm(found),
+        input_gradient_norm=gradient_norm([at_input]),
+        gradient_ratio=_ratio(module, found),
         deterministic=torch.equal(first, second),
         repetitions=REPETITIONS,
         target=target(),
     )
+
+
+def claimed_flops(manifest: KernelManifest) -> int:
+    """FLOPs of one sample's forward pass by the papers; an open sequence length is taken as in ``shapes``."""
+    interface = manifest.interface
+    if interface.layout is Layout.TOKENS and not interface.in_size:
+        length = shapes(interface)[0][:1]
+        interface = interface.model_copy(update={"in_size": length, "out_size": length})
+    return analyse(manifest.blueprint, interface, manifest.symbols).flops
+
+
+def _counted(module: nn.Module, x: Tensor, manifest: KernelManifest) -> int:
+    with FlopCounterMode(display=False) as counter:
+        _forward(module, x)
+    counted = int(counter.get_total_flops()) // len(x)
+    if counted > (claimed := claimed_flops(manifest)):
+        raise Unfit(
+            RejectionReason.MANIFEST, f"it takes {counted} FLOPs a sample where its papers say at most {claimed}"
+        )
+    return counted
+
+
+def _ratio(module: nn.Module, found: list[Tensor | None]) -> float | None:
+    """Gradient norm at the first layer's weights over that at the last layer's; None where nothing arrives there."""
+    weights = [gradient for parameter, gradient in zip(module.parameters(), found, strict=True) if parameter.dim() > 1]
+    first, last = (gradient_norm([weights[end]]) if weights else 0.0 for end in (0, -1))
+    return first / last if last else None
+
+
+def _p99(seconds: list[float]) -> float:
+    return statistics.quantiles(seconds, n=100, method="inclusive")[98]
 
 
 def _forward(module: nn.Module, x: Tensor) -> None:

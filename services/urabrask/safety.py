@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from esper_core.blueprint.interface import Layout, Shape, SlotInterface
+from esper_core.kernel.record import RejectionReason
+from services.urabrask import leaks
+from services.urabrask.finding import Unfit
 
 Make = Callable[[], nn.Module]
 """Loads a fresh copy of the kernel from its artifact."""
@@ -33,10 +36,6 @@ MAX_GRADIENT, MIN_GRADIENT = 1e6, 1e-10
 """Range that the norm of an awake kernel's parameter gradient must stay in."""
 
 
-class Unfit(Exception):
-    """The kernel must not be used; the message says why."""
-
-
 def shapes(interface: SlotInterface) -> tuple[Shape, Shape]:
     """Per-sample shapes entering and leaving; an open sequence length is taken as ``TOKENS``."""
     if interface.layout is Layout.TOKENS and not interface.in_size:
@@ -49,6 +48,7 @@ def check(make: Make, interface: SlotInterface, rows: int = ROWS) -> None:
 
     Raises:
         Unfit: at the first one it fails.
+        RuntimeError: from the kernel itself.
     """
     enters, leaves = shapes(interface)
     draw = torch.Generator().manual_seed(0)
@@ -63,8 +63,14 @@ def check(make: Make, interface: SlotInterface, rows: int = ROWS) -> None:
     reached = set[str]().union(*(_awake(awaken(make().train(training)), x, name) for training, name, x in looks))
     for name, parameter in make().named_parameters():
         if parameter.dim() > 1 and name not in reached:
-            raise Unfit(f"the gradient vanishes before weight {name}, whatever enters")
+            raise Unfit(RejectionReason.VANISHES, f"the gradient vanishes before weight {name}, whatever enters")
     _repeatable(make, normal)
+    for training in modes:
+        module, two = awaken(make().train(training)), normal if rows > 1 else torch.cat([normal, -normal])
+        leaks.rows(module, two, interface)
+        leaks.future(module, normal, interface)
+    lasting = awaken(make())
+    leaks.memory(lambda: gradients(lasting, normal))
 
 
 def awaken(module: nn.Module) -> nn.Module:
@@ -95,7 +101,7 @@ def gradient_norm(found: list[Tensor | None]) -> float:
 def _weights(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise Unfit(f"weight {name} holds values that are not finite")
+            raise Unfit(RejectionReason.WEIGHTS_NOT_FINITE, f"weight {name} holds values that are not finite")
 
 
 def _asleep(module: nn.Module, x: Tensor, leaves: tuple[int, ...], name: str) -> None:
@@ -103,33 +109,37 @@ def _asleep(module: nn.Module, x: Tensor, leaves: tuple[int, ...], name: str) ->
     with torch.no_grad():
         y = module(x)
     if not torch.equal(x, before):
-        raise Unfit("it changes its input")
+        raise Unfit(RejectionReason.MUTATES_INPUT, "it changes its input")
     if tuple(y.shape) != leaves:
-        raise Unfit(f"it gives shape {tuple(y.shape)} where the slot needs {leaves}")
+        raise Unfit(RejectionReason.SHAPE, f"it gives shape {tuple(y.shape)} where the slot needs {leaves}")
     if torch.count_nonzero(y):
+        most = float(y.abs().max())
         raise Unfit(
-            f"as inserted it adds up to {float(y.abs().max()):.3g} to the host for {name} input instead of nothing"
+            RejectionReason.NOT_SILENT if math.isfinite(most) else RejectionReason.OUTPUT_NOT_FINITE,
+            f"as inserted it adds up to {most:.3g} to the host for {name} input instead of nothing",
         )
 
 
 def _can_learn(module: nn.Module, x: Tensor) -> None:
     _, _, at_parameters = gradients(module, x)
     norm = gradient_norm(at_parameters)
-    if not math.isfinite(norm) or norm < MIN_GRADIENT:
-        raise Unfit(f"as inserted it cannot learn: its gradient's norm is {norm:.3g}")
+    if not math.isfinite(norm):
+        raise Unfit(RejectionReason.GRADIENT_NOT_FINITE, f"as inserted its gradient's norm is {norm:.3g}")
+    if norm < MIN_GRADIENT:
+        raise Unfit(RejectionReason.CANNOT_LEARN, f"as inserted it cannot learn: its gradient's norm is {norm:.3g}")
 
 
 def _awake(module: nn.Module, x: Tensor, name: str) -> set[str]:
     """Names of the parameters that a gradient reached."""
     y, at_input, at_parameters = gradients(module, x)
     if not torch.isfinite(y).all():
-        raise Unfit(f"its output is not finite for {name} input")
+        raise Unfit(RejectionReason.OUTPUT_NOT_FINITE, f"its output is not finite for {name} input")
     gradients_by_name = dict(zip(dict(module.named_parameters()), at_parameters, strict=True))
     for what, gradient in {"input": at_input, **gradients_by_name}.items():
         if gradient is None:
-            raise Unfit(f"no gradient reaches its weight {what}")
+            raise Unfit(RejectionReason.UNREACHED, f"no gradient reaches its weight {what}")
         if not torch.isfinite(gradient).all():
-            raise Unfit(f"the gradient at {what} is not finite for {name} input")
+            raise Unfit(RejectionReason.GRADIENT_NOT_FINITE, f"the gradient at {what} is not finite for {name} input")
     if name == "an ordinary":
         _scale(y, gradient_norm(at_parameters))
     return {what for what, gradient in gradients_by_name.items() if gradient is not None and bool(gradient.any())}
@@ -137,9 +147,12 @@ def _awake(module: nn.Module, x: Tensor, name: str) -> set[str]:
 
 def _scale(y: Tensor, norm: float) -> None:
     if (rms := float(y.double().square().mean().sqrt())) > MAX_SCALE:
-        raise Unfit(f"it explodes: an input of scale 1 comes out at scale {rms:.3g}")
+        raise Unfit(RejectionReason.EXPLODES, f"it explodes: an input of scale 1 comes out at scale {rms:.3g}")
     if not MIN_GRADIENT <= norm <= MAX_GRADIENT:
-        raise Unfit(f"its gradient's norm of {norm:.3g} is outside {MIN_GRADIENT:g} to {MAX_GRADIENT:g}")
+        raise Unfit(
+            RejectionReason.VANISHES if norm < MIN_GRADIENT else RejectionReason.EXPLODES,
+            f"its gradient's norm of {norm:.3g} is outside {MIN_GRADIENT:g} to {MAX_GRADIENT:g}",
+        )
 
 
 def _repeatable(make: Make, x: Tensor) -> None:
@@ -152,4 +165,4 @@ def _repeatable(make: Make, x: Tensor) -> None:
         for a, b in zip(first_gradients, again_gradients, strict=True)
     )
     if not (same and torch.equal(first, again) and torch.equal(first, fresh)):
-        raise Unfit("two equal calls give different results")
+        raise Unfit(RejectionReason.NONDETERMINISTIC, "two equal calls give different results")

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from esper_core.kernel.record import KernelRecord, KernelStatus, Measurement
+from esper_core.kernel.record import KernelRecord, KernelStatus, Measurement, RejectionReason
+from services.urabrask.finding import Unfit
+
+PASSED = "passed static, safety and benchmark"
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,7 @@ class Verdict:
 
     Attributes:
         status: what the kernel becomes.
+        rejection: which fault it has; None when it has none.
         standing: the library says so already and need not be told.
     """
 
@@ -21,18 +25,20 @@ class Verdict:
     reason: str
     measurement: Measurement | None = None
     tags: tuple[str, ...] = ()
+    rejection: RejectionReason | None = None
     standing: bool = False
 
     @classmethod
     def fit(cls, measurement: Measurement, tags: Sequence[str]) -> Verdict:
         """Every phase was passed."""
-        return cls(KernelStatus.VALIDATED, "passed static, safety and benchmark", measurement, tuple(tags))
+        return cls(KernelStatus.VALIDATED, PASSED, measurement, tuple(tags))
 
     @classmethod
-    def unfit(cls, record: KernelRecord, reason: str) -> Verdict:
+    def unfit(cls, record: KernelRecord, finding: Unfit) -> Verdict:
         """A phase was not passed: REJECTED, or RETIRED when it had been validated before."""
         before = record.status is KernelStatus.VALIDATED
-        return cls(KernelStatus.RETIRED if before else KernelStatus.REJECTED, reason[:500])
+        status = KernelStatus.RETIRED if before else KernelStatus.REJECTED
+        return cls(status, finding.message[:500], rejection=finding.reason)
 
     @classmethod
     def as_it_stands(cls, record: KernelRecord) -> Verdict:

@@ -21,6 +21,10 @@ from services.urabrask.tags import ENOUGH, LATENCY_SECONDS_PER_ROW, tags_for, th
 SLOT = SlotInterface(layout=Layout.FEATURES, in_width=12, out_width=7, hidden_width=3, activation="relu", foldable=True)
 
 
+def papers(name: str, slot: SlotInterface, **symbols: int) -> KernelManifest:
+    return KernelManifest.describe(catalogue()[name], slot, b"", Provenance(), symbols=symbols)
+
+
 class Slow(nn.Module):
     """Sleeps 2 ms forward, holds 32 MiB while it runs, and rounds to multiples of 2^-9 in float32 only."""
 
@@ -44,7 +48,7 @@ def test_time_memory_and_drift_are_those_of_the_kernel() -> None:
         module.load_state_dict(state)
         return module
 
-    found = measure(make, SLOT, 64)
+    found = measure(make, papers("linear_bypass", SLOT), 64)
     assert (found.batch, found.repetitions, found.deterministic) == (64, REPETITIONS, True)
     assert 0.002 <= found.forward_seconds <= found.forward_seconds_p99
     assert found.backward_seconds >= 0.002
@@ -59,7 +63,7 @@ def test_time_memory_and_drift_are_those_of_the_kernel() -> None:
 @pytest.mark.parametrize("rows", [64, 1])
 def test_a_kernel_with_batch_statistics_is_measured(rows: int) -> None:
     slot = SLOT.model_copy(update={"norm": BatchNorm()})
-    found = measure(lambda: build(catalogue()["bottleneck_mlp"], slot), slot, rows)
+    found = measure(lambda: build(catalogue()["bottleneck_mlp"], slot), papers("bottleneck_mlp", slot), rows)
     assert (found.batch, found.deterministic) == (rows, True)
     assert found.precision_drift < 1e-4
     assert found.gradient_norm > 0
@@ -67,7 +71,7 @@ def test_a_kernel_with_batch_statistics_is_measured(rows: int) -> None:
 
 def test_an_honest_kernel_hardly_drifts() -> None:
     ir = catalogue()["bottleneck_mlp"]
-    found = measure(lambda: build(ir, SLOT), SLOT, 64)
+    found = measure(lambda: build(ir, SLOT), papers("bottleneck_mlp", SLOT), 64)
     assert found.precision_drift < 1e-5
     assert found.forward_seconds < found.backward_seconds
 
@@ -83,7 +87,7 @@ def tagged(seconds_per_row: float, population: list[float]) -> list[str]:
     ir = catalogue()["bottleneck_mlp"]
     module = build(ir, SLOT, {"width": 4})
     manifest = KernelManifest.describe(ir, SLOT, pack(module.state_dict()), Provenance(), symbols={"width": 4})
-    measured = measure(lambda: build(ir, SLOT, {"width": 4}), SLOT, 64)
+    measured = measure(lambda: build(ir, SLOT, {"width": 4}), manifest, 64)
     return tags_for(manifest, measured.model_copy(update={"forward_seconds": 64 * seconds_per_row}), population)
 
 
