@@ -37,6 +37,8 @@ from esper_core.nn.probe import Batch, LossFunction
 
 VERSION = 1
 REMEMBERED_ORDERS = 1024
+REASON = 500
+"""Characters of a reason."""
 
 
 class Carver:
@@ -235,7 +237,7 @@ class Carver:
                 epoch=epoch,
                 state=PlanState.REFUSED,
                 cuts=order.cuts,
-                reason=f"{problem.message}{f' ({problem.hint})' if problem.hint else ''}",
+                reason=f"{problem.message}{f' ({problem.hint})' if problem.hint else ''}"[:REASON],
                 left_parameters=self._parameters(),
             )
 
@@ -259,7 +261,7 @@ class Carver:
             return [self._sedate(plan, "", proposal.cuts, "worth the least per parameter", epoch, now)]
         except EsperError as problem:
             event = CarveEvent(run_id=self.run_id, plan_id=plan, epoch=epoch, state=PlanState.REFUSED)
-            return [event.model_copy(update={"cuts": proposal.cuts, "reason": problem.message})]
+            return [event.model_copy(update={"cuts": proposal.cuts, "reason": problem.message[:REASON]})]
 
     def _ready(self) -> None:
         """Raises Conflict when carving has ended or another plan is under way."""
@@ -345,7 +347,7 @@ class Carver:
             epoch=epoch,
             state=state,
             cuts=trial.ward.cuts,
-            reason=reason,
+            reason=reason[:REASON],
             expected_change=trial.expected,
             upper_change=trial.upper,
             accuracy_before=trial.before.accuracy,

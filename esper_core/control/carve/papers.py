@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 from pydantic import Field
 
@@ -120,7 +121,7 @@ class CarveOrder(Noun):
         act: what to do.
         cuts: what to sedate; empty for WAKE.
         expected_change: as in the plan.
-        issued_by: principal that wants it.
+        issued_by: who wants it; a run obeys nobody else.
         reason: in words for people.
     """
 
@@ -130,8 +131,8 @@ class CarveOrder(Noun):
     act: Act
     cuts: tuple[Cut, ...] = ()
     expected_change: float = 0.0
-    issued_by: str = ""
-    reason: str = ""
+    issued_by: Literal["emrakul", "operator"] = "operator"
+    reason: str = Field(default="", max_length=500)
 
 
 class CarveEvent(Noun):
@@ -158,7 +159,7 @@ class CarveEvent(Noun):
     epoch: int
     state: PlanState
     cuts: tuple[Cut, ...] = ()
-    reason: str = ""
+    reason: str = Field(default="", max_length=500)
     expected_change: float | None = None
     upper_change: float | None = None
     accuracy_before: float | None = None
