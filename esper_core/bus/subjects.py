@@ -102,6 +102,7 @@ def _types(package: str, *names: str) -> frozenset[str]:
 
 SEED_HEALTH = Subject("telemetry.seed.health", TELEMETRY, _types("bus", "SeedTelemetry"))
 KASMINA_COMMANDS = Subject("control.kasmina.commands", CONTROL, _types("core", "Command"))
+CARVE_ORDERS = Subject("control.emrakul.orders", CONTROL, _types("core", "CarveOrder"))
 BLUEPRINT_SUBMITTED = Subject("compilation.blueprint.submitted", FACTS, _types("bus", "BuildRequested"), per_run=False)
 KERNEL_READY = Subject("compilation.kernel.ready", FACTS, _types("bus", "KernelReady"), per_run=False)
 KERNEL_CHARACTERIZED = Subject(
@@ -110,16 +111,19 @@ KERNEL_CHARACTERIZED = Subject(
 RUN_EVENTS = Subject("system.events.run", FACTS, _types("bus", "RunRegistered", "RunEnded"))
 EPOCH_EVENTS = Subject("system.events.epoch", FACTS, _types("bus", "EpochCompleted"))
 SEED_EVENTS = Subject("system.events.seed", FACTS, _types("core", "SeedEvent"))
+CARVE_EVENTS = Subject("system.events.carve", FACTS, _types("core", "CarveSurvey", "CarveEvent"))
 FIELD_REPORTS = Subject("innovation.field_reports", FACTS, _types("core", "FieldReport"), per_run=False)
 SUBJECTS = (
     SEED_HEALTH,
     KASMINA_COMMANDS,
+    CARVE_ORDERS,
     BLUEPRINT_SUBMITTED,
     KERNEL_READY,
     KERNEL_CHARACTERIZED,
     RUN_EVENTS,
     EPOCH_EVENTS,
     SEED_EVENTS,
+    CARVE_EVENTS,
     FIELD_REPORTS,
 )
 TYPES = frozenset[str]().union(*(subject.types for subject in SUBJECTS))

@@ -6,7 +6,7 @@ This is the value of its *presence*, given that the host has adapted to it; what
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
@@ -24,12 +24,12 @@ CHUNKS = 16
 
 @dataclass(frozen=True)
 class Contribution:
-    """Loss without the kernel minus loss with it.
+    """Loss without the kernel, or whatever part was asked about, minus loss with it.
 
     Attributes:
         mean: over samples.
         lower: one-sided 95 % lower bound, Student's t over paired chunks.
-        loss: mean loss with the kernel.
+        loss: mean loss with it.
         chunks: paired differences the bound rests on.
     """
 
@@ -38,10 +38,33 @@ class Contribution:
     loss: float
     chunks: int
 
+    @property
+    def upper(self) -> float:
+        """One-sided 95 % upper bound; infinite when something was not finite."""
+        return 2 * self.mean - self.lower if math.isfinite(self.mean) else math.inf
 
-@torch.no_grad()
+
 def contribution(host: Host, graft: Graft, batches: Sequence[Batch], loss_fn: LossFunction) -> Contribution:
     """Measure a blended graft on held-back batches.
+
+    Raises:
+        InvalidInput: with fewer than two samples.
+    """
+
+    def silence(silent: bool) -> None:
+        graft.muted = silent
+
+    return missed(host, silence, batches, loss_fn)
+
+
+@torch.no_grad()
+def missed(
+    host: Host, silence: Callable[[bool], None], batches: Sequence[Batch], loss_fn: LossFunction
+) -> Contribution:
+    """What the host would miss without a part of it, measured on held-back batches.
+
+    Args:
+        silence: called with True, lets the host run without the part, and with it again when called with False.
 
     Raises:
         InvalidInput: with fewer than two samples.
@@ -50,17 +73,17 @@ def contribution(host: Host, graft: Graft, batches: Sequence[Batch], loss_fn: Lo
     with host.evaluating():
         for inputs, targets in _chunks(batches):
             with_it = float(loss_fn(run(host, inputs), targets))
-            graft.muted = True
+            silence(True)
             try:
                 without = float(loss_fn(run(host, inputs), targets))
             finally:
-                graft.muted = False
+                silence(False)
             differences.append(without - with_it)
             losses.append(with_it)
             weights.append(len(targets))
     if len(differences) < 2:
         raise InvalidInput(
-            "too little held-back data to judge a graft", hint="pass validation batches with 32 samples or more"
+            "too little held-back data to judge by", hint="pass validation batches with 32 samples or more"
         )
     total = sum(weights)
     mean = sum(d * w for d, w in zip(differences, weights, strict=True)) / total

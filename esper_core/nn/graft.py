@@ -162,8 +162,8 @@ class Graft(nn.Module):
 
 
 def blended(module: nn.Module) -> bool:
-    """Whether a kernel reads what enters this module or any part of it, or adds to what leaves."""
+    """Whether hooks of ours change what this module or any part of it gives: a kernel's, or those that silence units."""
     hooks = (
         hook for part in module.modules() for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
     )
-    return any(isinstance(getattr(hook, "__self__", None), Graft) for hook in hooks)
+    return any(isinstance(getattr(hook, "__self__", None), Graft) or hasattr(hook, "silences") for hook in hooks)

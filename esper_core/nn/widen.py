@@ -107,24 +107,18 @@ def forget(optimizer: torch.optim.Optimizer | None, parameters: list[nn.Paramete
 
 
 def morphology(host: Host) -> dict[str, list[int]]:
-    """Extents of the modules that slots can widen: with this, a fresh host is made to fit a grown one's weights.
+    """Extents of every layer and batch norm: with this, a fresh host is made to fit the weights of one that has grown or been carved.
 
     The weight's shape of a layer, the number of channels of a norm.
     """
-    return {
-        path: extent(cast(Widenable, host.model.get_submodule(path)))
-        for slot in host.slots.values()
-        if slot.layers is not None
-        for path in (slot.source_path, slot.norm_path, slot.sink_path)
-        if path
-    }
+    return {path: extent(module) for path, module in host.model.named_modules() if isinstance(module, Widenable)}
 
 
 def reshape(model: nn.Module, optimizer: torch.optim.Optimizer | None, shapes: Mapping[str, list[int]]) -> None:
     """Give a network the shapes of another; the values, and what an optimiser remembers of them, are to be loaded afterwards.
 
     Raises:
-        Corrupt: when the shapes are not those of a widening of this network.
+        Corrupt: when the shapes differ from this network's in more than widths.
     """
     for path, shape in shapes.items():
         module = cast(Widenable, model.get_submodule(path))

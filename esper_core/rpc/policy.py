@@ -64,6 +64,14 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "GetLayerStats": _ANYONE,
         "WatchSeeds": _ANYONE,
     },
+    "esper.emrakul.v1.EmrakulService": {
+        "PlanCarving": _only("emrakul", "operator"),
+        "GetPlan": _ANYONE,
+        "ListPlans": _ANYONE,
+        "ApplyPlan": _only("emrakul", "operator"),
+        "UndoPlan": _only("emrakul", "operator"),
+        "GetSurvey": _ANYONE,
+    },
     "esper.tolaria.v1.TolariaService": {
         "GetRun": _ANYONE,
         "ListRuns": _ANYONE,

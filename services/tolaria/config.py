@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from esper_core import presets
 from esper_core.config import Section, default_data_dir, load, parse_yaml, read_yaml
+from esper_core.control.carve.settings import CarveSettings
 from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput, NotFound, nearest
 from esper_core.ids import check_name
@@ -163,6 +164,9 @@ class MorphogeneticConfig(Section):
         1.0, ge=0, le=60, description="how long an epoch boundary may wait for Tamiyo's answer or a kernel's bytes"
     )
     growth: GrowthSettings = Field(default_factory=GrowthSettings, description="thresholds and durations of growth")
+    carve: CarveSettings = Field(
+        default_factory=CarveSettings, description="whether and how what no longer pays is taken out; off by default"
+    )
 
 
 class LoggingConfig(Section):

@@ -1,7 +1,7 @@
 """A run from its settings to its figures: the ungrown twin, the grown network, and what the platform is told of it.
 
 Everything of a run lies in ``<data_dir>/runs/<run>``: config.json, checkpoints, history.jsonl, twin/, spool/,
-orders.jsonl, result.json, model.safetensors, morphology.json, held-out.safetensors, report.html.
+orders.jsonl, carve-orders.jsonl, result.json, model.safetensors, morphology.json, held-out.safetensors, report.html.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from esper_core.config import Endpoints, read_endpoints
+from esper_core.control.carve.carver import Carver
 from esper_core.control.grower import Grower
 from esper_core.control.packet import Budget
 from esper_core.errors import AlreadyExists, Conflict, Exhausted, InvalidInput, NotFound
@@ -30,6 +31,7 @@ from services.tolaria.optimization import optimizer_for
 from services.tolaria.plane import Offline, Online, Plane
 from services.tolaria.report import SeedRun
 from services.tolaria.result import RunResult
+from services.tolaria.sculpting import Sculpting
 from services.tolaria.trainer import Score, Stop, Trainer, score
 
 VALIDATION_BATCH = 64
@@ -167,6 +169,7 @@ class Experiment:
             rolled_back=finished.rolled_back,
             parameters=sum(parameter.numel() for parameter in finished.model.parameters()),
             added_parameters=finished.added_parameters,
+            carved_parameters=finished.carved_parameters,
             folded_max_abs_diff=finished.folded_max_abs_diff,
             train_seconds=sum(boundary.figures.train_seconds for boundary in trainer.boundaries),
             boundary_seconds=sum(boundary.figures.boundary_seconds for boundary in trainer.boundaries),
@@ -233,7 +236,27 @@ def growing(config: TolariaConfig, data: Data, host: Host, plane: Plane, run_id:
         run_id=run_id,
         seed=config.seed,
     )
-    return Growing(host, optimizer, grower, plane.orders)
+    return Growing(host, optimizer, grower, plane.orders, _sculpting(config, data, host, optimizer, plane, run_id))
+
+
+def _sculpting(
+    config: TolariaConfig, data: Data, host: Host, optimizer: torch.optim.Optimizer, plane: Plane, run_id: str
+) -> Sculpting | None:
+    """What carves the host; None when the settings say that nothing does."""
+    settings = config.morphogenetic.carve
+    if not settings.enabled:
+        return None
+    carver = Carver(
+        host,
+        optimizer,
+        data.loss,
+        probe=data.train.in_batches(PROBE_BATCH, config.morphogenetic.probe_samples),
+        validation=data.validation.in_batches(VALIDATION_BATCH),
+        settings=settings,
+        autonomous=settings.autonomous and not plane.sculpted,
+        run_id=run_id,
+    )
+    return Sculpting(carver, plane.carve_orders, config.checkpoint.every_epochs, config.optimization.epochs)
 
 
 def run_directory(config: TolariaConfig, run_id: str) -> Path:

@@ -14,7 +14,7 @@ from esper_core.bus.spool import Spool
 from esper_core.errors import EsperError
 from esper_core.log import get
 from esper_core.pb.esper.bus.v1 import bus_pb2
-from esper_core.pb.esper.core.v1 import decision_pb2, lifecycle_pb2, run_pb2
+from esper_core.pb.esper.core.v1 import carve_pb2, decision_pb2, lifecycle_pb2, run_pb2
 from esper_core.rpc.convert import to_proto
 from services.tolaria.config import TolariaConfig
 from services.tolaria.history import Boundary
@@ -92,4 +92,7 @@ def of_epoch(run_id: str, boundary: Boundary) -> list[Fact]:
     facts: list[Fact] = [(subjects.EPOCH_EVENTS, bus_pb2.EpochCompleted(run_id=run_id, metrics=metrics))]
     facts += [(subjects.SEED_EVENTS, to_proto(event, lifecycle_pb2.SeedEvent)) for event in boundary.events]
     facts += [(subjects.FIELD_REPORTS, to_proto(report, decision_pb2.FieldReport)) for report in boundary.reports]
+    facts += [(subjects.CARVE_EVENTS, to_proto(event, carve_pb2.CarveEvent)) for event in boundary.carved]
+    if boundary.units is not None:
+        facts.append((subjects.CARVE_EVENTS, to_proto(boundary.units, carve_pb2.CarveSurvey)))
     return facts

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from esper_core.control.carve.papers import CarveEvent, CarveSurvey
 from esper_core.control.packet import AdaptationSignal, FieldReport, HealthSignal, SeedEvent
 from esper_core.errors import Corrupt
 from esper_core.lifecycle import State
@@ -59,6 +60,8 @@ class Boundary(BaseModel):
     slots: tuple[SlotRow, ...] = ()
     refused: tuple[str, ...] = ()
     rolled_back: bool = False
+    carved: tuple[CarveEvent, ...] = ()
+    units: CarveSurvey | None = None
 
 
 class History:

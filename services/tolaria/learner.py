@@ -9,12 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from esper_core.control.carve.papers import CarveReport, PlanState
 from esper_core.control.grower import Grower
 from esper_core.control.packet import Command
-from esper_core.lifecycle import BLENDED
+from esper_core.lifecycle import BLENDED, IN_FLIGHT
 from esper_core.log import get
 from esper_core.nn.host import Host
 from services.tolaria.history import Boundary, Figures, SlotRow
+from services.tolaria.sculpting import Sculpting
 
 log = get(__name__)
 
@@ -27,6 +29,7 @@ class Finished:
         model: a plain module, grown parts folded in where the algebra allows.
         fossilized, culled, rolled_back: how the grafts ended.
         added_parameters: what growth added.
+        carved_parameters: what carving took out.
         folded_max_abs_diff: largest |folded - unfolded| output; None when nothing was folded.
     """
 
@@ -35,6 +38,7 @@ class Finished:
     culled: int = 0
     rolled_back: int = 0
     added_parameters: int = 0
+    carved_parameters: int = 0
     folded_max_abs_diff: float | None = None
 
 
@@ -87,14 +91,21 @@ class Growing:
         optimizer: over its parameters.
         grower: over both.
         orders: gives the orders that came since it was last called.
+        sculpting: carves the host too; None: it is not carved.
     """
 
     def __init__(
-        self, host: Host, optimizer: torch.optim.Optimizer, grower: Grower, orders: Callable[[], Iterable[Command]]
+        self,
+        host: Host,
+        optimizer: torch.optim.Optimizer,
+        grower: Grower,
+        orders: Callable[[], Iterable[Command]],
+        sculpting: Sculpting | None = None,
     ) -> None:
         self.model = host
         self.optimizer = optimizer
         self.grower = grower
+        self.sculpting = sculpting
         self._orders = orders
 
     def boundary(self, figures: Figures) -> Boundary:
@@ -121,6 +132,7 @@ class Growing:
             )
             for seed in self.grower.seeds
         )
+        carved = self._carve(figures)
         grafted = sum(seed.parameters for seed in self.grower.seeds if seed.state in BLENDED)
         return Boundary(
             figures=figures.model_copy(update={"parameters": self.model.parameter_count + grafted}),
@@ -131,21 +143,36 @@ class Growing:
             slots=slots,
             refused=tuple(f"{command.target.name} {command.slot}: {reason}" for command, reason in step.refused),
             rolled_back=step.rolled_back,
+            carved=carved.events,
+            units=carved.survey,
         )
 
+    def _carve(self, figures: Figures) -> CarveReport:
+        if self.sculpting is None:
+            return CarveReport()
+        report = self.sculpting.boundary(figures, busy=any(seed.state in IN_FLIGHT for seed in self.grower.seeds))
+        if any(event.state is PlanState.REMOVED for event in report.events):
+            self.grower.survey.forget()  # what was measured was another network
+        return report
+
     def state_dict(self) -> dict[str, Any]:
-        return self.grower.state_dict()
+        state = self.grower.state_dict()
+        return state if self.sculpting is None else {**state, "carver": self.sculpting.carver.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.grower.load_state_dict(state)
+        if self.sculpting is not None:
+            self.sculpting.carver.load_state_dict(state["carver"])
 
     def finish(self) -> Finished:
         model, report = self.grower.finish()
+        carved = 0 if self.sculpting is None else self.sculpting.carver.freed
         return Finished(
             model,
             fossilized=report.fossilized,
             culled=report.culled,
             rolled_back=report.rolled_back,
-            added_parameters=report.added_parameters,
+            added_parameters=report.added_parameters + carved,
+            carved_parameters=carved,
             folded_max_abs_diff=report.folded_max_abs_diff,
         )

@@ -21,17 +21,19 @@ from esper_core.bus.envelope import Event, wrap
 from esper_core.bus.inbox import consume_plain
 from esper_core.bus.spool import Spool
 from esper_core.config import Endpoints
+from esper_core.control.carve.papers import CarveOrder
 from esper_core.control.packet import Command, HealthSignal
-from esper_core.errors import EsperError, Exhausted
+from esper_core.errors import EsperError, Exhausted, Forbidden
 from esper_core.log import get
 from esper_core.pb.esper.bus.v1 import bus_pb2
-from esper_core.pb.esper.core.v1 import telemetry_pb2
+from esper_core.pb.esper.core.v1 import carve_pb2, telemetry_pb2
 from esper_core.rpc.client import open_channel
 from esper_core.rpc.convert import from_proto, to_proto
 from services.tolaria.orders import Orders
 
 log = get(__name__)
 PRINCIPAL = "tolaria"
+SCULPTOR = "emrakul"
 CALLS_AT_ONCE = 16
 TELEMETRY_WAITING = 64
 SIGNALS_PER_MESSAGE = 512
@@ -45,17 +47,21 @@ class Link:
         endpoints: where the platform is.
         run_id: whose orders to listen to.
         spool: facts to deliver; closed with the link.
-        orders: where orders go.
+        orders: where orders to seeds go.
+        carve_orders: where orders to carve go.
 
     Attributes:
         dropped: telemetry messages that were not sent.
     """
 
-    def __init__(self, endpoints: Endpoints, run_id: str, spool: Spool, orders: Orders) -> None:
+    def __init__(
+        self, endpoints: Endpoints, run_id: str, spool: Spool, orders: Orders[Command], carve_orders: Orders[CarveOrder]
+    ) -> None:
         self.endpoints = endpoints
         self.run_id = run_id
         self.spool = spool
         self.orders = orders
+        self.carve_orders = carve_orders
         self.dropped = 0
         self.channel: grpc.aio.Channel
         self._loop = asyncio.new_event_loop()
@@ -121,6 +127,7 @@ class Link:
             self._thread.join(timeout=10)
         self.spool.close()
         self.orders.close()
+        self.carve_orders.close()
         return left
 
     def _enqueue(self, message: bus_pb2.SeedTelemetry) -> None:
@@ -179,11 +186,24 @@ class Link:
             log.error("link.refused", run_id=self.run_id, reason=error.message, hint=error.hint)
 
     async def _listen(self, bus: Bus) -> None:
-        subject = subjects.KASMINA_COMMANDS.of(self.run_id)
-        await consume_plain(bus, durable=f"{PRINCIPAL}-{self.run_id}", subjects=[subject], handler=self._ordered)
+        mine = [subject.of(self.run_id) for subject in (subjects.KASMINA_COMMANDS, subjects.CARVE_ORDERS)]
+        await consume_plain(bus, durable=f"{PRINCIPAL}-{self.run_id}", subjects=mine, handler=self._ordered)
 
     async def _ordered(self, event: Event) -> None:
-        self.orders.keep(from_proto(event.message, Command))
+        """Keep an order.
+
+        Raises:
+            Forbidden: somebody ordered who may not; it belongs among the dead letters.
+        """
+        if not isinstance(event.message, carve_pb2.CarveOrder):
+            self.orders.keep(from_proto(event.message, Command))
+            return
+        if event.envelope.producer != SCULPTOR:
+            raise Forbidden(f"{event.envelope.producer!r} may not order a run to be carved", hint="only Emrakul may")
+        order = from_proto(event.message, CarveOrder)
+        if order.run_id != self.run_id:
+            raise Forbidden(f"an order for {order.run_id!r} came to {self.run_id!r}")
+        self.carve_orders.keep(order)
 
     async def _send_telemetry(self, bus: Bus) -> None:
         subject = subjects.SEED_HEALTH.of(self.run_id)

@@ -15,6 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from esper_core.control.carve.papers import CarveEvent, count
 from esper_core.control.packet import AdaptationSignal, SeedEvent
 from esper_core.lifecycle import State
 from services.tolaria.history import Boundary, Figures
@@ -234,6 +235,7 @@ def news(boundary: Boundary) -> list[str]:
     lines = decisions(boundary.signal) if boundary.signal else []
     lines += [f"refused {order}" for order in boundary.refused]
     lines += [transition(event) for event in boundary.events]
+    lines += [carving(event) for event in boundary.carved]
     if boundary.rolled_back:
         lines.append("rolled back to the last good state")
     return lines
@@ -255,3 +257,11 @@ def transition(event: SeedEvent) -> str:
     return f"{event.slot} {event.source.name} → {event.target.name}{kernel}" + (
         f": {event.reason}" if event.reason else ""
     )
+
+
+def carving(event: CarveEvent) -> str:
+    """What became of units in a line."""
+    units = count(event.cuts)
+    places = ", ".join(f"{len(cut.units)} of {cut.cluster}" for cut in event.cuts)
+    freed = f", {event.parameters} parameters freed" if event.parameters else ""
+    return f"{units} unit{'s' if units != 1 else ''} {event.state.name} ({places}{freed}): {event.reason}"

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from esper_core.bus.spool import Spool
 from esper_core.config import Endpoints
+from esper_core.control.carve.papers import CarveOrder
 from esper_core.control.packet import Command
 from esper_core.control.roles import Controller, KernelSource
 from esper_core.errors import EsperError
@@ -40,14 +41,20 @@ class Plane(Protocol):
     Attributes:
         controller, source: the two roles of growing; None: the grower's own.
         facts: tells the platform; None without one.
+        sculpted: whether somebody outside decides on carving.
     """
 
     controller: Controller | None
     source: KernelSource | None
     facts: Facts | None
+    sculpted: bool
 
     def orders(self) -> list[Command]:
-        """Orders from outside since the last call."""
+        """Orders to seeds from outside since the last call."""
+        ...
+
+    def carve_orders(self) -> list[CarveOrder]:
+        """Orders to carve from outside since the last call."""
         ...
 
     def register(self, slots: list[Slot], epoch: int) -> None:
@@ -73,8 +80,12 @@ class Offline:
     controller: Controller | None = None
     source: KernelSource | None = None
     facts: Facts | None = None
+    sculpted = False
 
     def orders(self) -> list[Command]:
+        return []
+
+    def carve_orders(self) -> list[CarveOrder]:
         return []
 
     def register(self, slots: list[Slot], epoch: int) -> None:
@@ -103,8 +114,10 @@ class Online:
     def __init__(self, config: TolariaConfig, endpoints: Endpoints, run_id: str, directory: Path) -> None:
         self.config = config
         self.run_id = run_id
-        self._orders = Orders(directory / "orders.jsonl")
-        self.link = Link(endpoints, run_id, Spool(directory / "spool"), self._orders)
+        self.sculpted = True
+        self._orders = Orders(directory / "orders.jsonl", Command, "command_id")
+        self._carve_orders = Orders(directory / "carve-orders.jsonl", CarveOrder, "order_id")
+        self.link = Link(endpoints, run_id, Spool(directory / "spool"), self._orders, self._carve_orders)
         self._facts = Facts(self.link.spool, run_id)
         self.facts: Facts | None = self._facts
         wait = config.morphogenetic.decision_wait_seconds
@@ -116,6 +129,9 @@ class Online:
 
     def orders(self) -> list[Command]:
         return self._orders.take()
+
+    def carve_orders(self) -> list[CarveOrder]:
+        return self._carve_orders.take()
 
     def register(self, slots: list[Slot], epoch: int) -> None:
         described = [

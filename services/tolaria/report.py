@@ -128,6 +128,7 @@ def _summary(figures: dict[str, Any], runs: Sequence[SeedRun]) -> str:
             f"{figures['fossilized']} / {figures['culled']} / {figures['rolled_back']}",
         ),
         ("Parameters added" + (" (mean)" if len(runs) > 1 else ""), number_text(figures["added_parameters"])),
+        ("Parameters carved" + (" (mean)" if len(runs) > 1 else ""), number_text(figures["carved_parameters"])),
         ("Largest |folded − unfolded| output", number_text(figures["folded_max_abs_diff"])),
         ("Wall seconds", number_text(figures["wall_seconds"])),
     ]
@@ -178,6 +179,18 @@ def _life(plots: dict[str, Any], number: int, run: SeedRun, *, shown: bool) -> s
         "<h2>State changes</h2>",
         _table(("epoch", "slot", "from", "to", "kernel", "alpha", "reason", "measured"), _events(run.grown)),
     ]
+    if carved := _carved(run.grown):
+        head = (
+            "epoch",
+            "units",
+            "state",
+            "reason",
+            "loss before → now",
+            "accuracy before → now",
+            "parameters",
+            "FLOPs",
+        )
+        parts += ["<h2>Carving</h2>", _table(head, carved)]
     state = " open" if shown else ""
     return f"<details{state}><summary>Seeds of {escape(run.result.run)}</summary>{''.join(parts)}</details>"
 
@@ -217,6 +230,23 @@ def _events(boundaries: Iterable[Boundary]) -> list[tuple[str, ...]]:
         )
         for boundary in boundaries
         for event in boundary.events
+    ]
+
+
+def _carved(boundaries: Iterable[Boundary]) -> list[tuple[str, ...]]:
+    return [
+        (
+            str(boundary.figures.epoch + 1),
+            ", ".join(f"{len(cut.units)} of {cut.cluster}" for cut in event.cuts),
+            event.state.name,
+            event.reason,
+            f"{number_text(event.loss_before)} → {number_text(event.loss)}",
+            f"{percent_text(event.accuracy_before)} → {percent_text(event.accuracy)}",
+            f"−{event.parameters}" if event.parameters else "",
+            f"−{event.flops}" if event.flops else "",
+        )
+        for boundary in boundaries
+        for event in boundary.carved
     ]
 
 

@@ -18,6 +18,7 @@ class RunResult(BaseModel):
         ungrown_accuracy, grown_accuracy: on the test part; None for a regression, or when that network was not trained.
         ungrown_loss, grown_loss: mean loss on the test part.
         folded_max_abs_diff: largest |folded - unfolded| output on the test part; None when nothing was folded.
+        carved_parameters: what carving took out; not taken off ``added_parameters``.
         grown: False for a baseline: ``grown_*`` are then unset.
     """
 
@@ -35,6 +36,7 @@ class RunResult(BaseModel):
     rolled_back: int = 0
     parameters: int = 0
     added_parameters: int = 0
+    carved_parameters: int = 0
     folded_max_abs_diff: float | None = None
     train_seconds: float = 0.0
     boundary_seconds: float = 0.0
@@ -74,6 +76,7 @@ def combined(results: Sequence[RunResult], report: str) -> dict[str, Any]:
         "culled": sum(result.culled for result in results),
         "rolled_back": sum(result.rolled_back for result in results),
         "added_parameters": _mean([float(result.added_parameters) for result in results]),
+        "carved_parameters": _mean([float(result.carved_parameters) for result in results]),
         "folded_max_abs_diff": max(diffs) if diffs else None,
         "gain_mean": _mean(list(gains)) if gains else None,
         "gain_std": statistics.stdev(gains) if len(gains) > 1 else None,

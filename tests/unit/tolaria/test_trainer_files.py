@@ -107,7 +107,7 @@ def order(number: int) -> Command:
 
 def test_orders_survive_a_restart_and_come_once(tmp_path: Path) -> None:
     path = tmp_path / "orders.jsonl"
-    orders = Orders(path)
+    orders = Orders(path, Command, "command_id")
     for number in (1, 2, 1):
         orders.keep(order(number))
     assert [command.command_id for command in orders.take()] == ["c1", "c2"]
@@ -115,11 +115,11 @@ def test_orders_survive_a_restart_and_come_once(tmp_path: Path) -> None:
     orders.close()
     with path.open("ab") as file:
         file.write(b'{"command_id": "cut sh')
-    again = Orders(path)
+    again = Orders(path, Command, "command_id")
     again.keep(order(2))
     again.keep(order(3))
     assert [command.command_id for command in again.take()] == ["c1", "c2", "c3"]
     again.close()
-    third = Orders(path)
+    third = Orders(path, Command, "command_id")
     assert len(third.take()) == 3
     third.close()
