@@ -117,7 +117,9 @@ class Endpoints(Section):
     s3_access_key: str
     s3_secret_key: SecretStr
     tls_dir: Path = Field(description="ca.pem, server.pem/.key, <principal>.pem/.key")
-    keys_dir: Path = Field(description="tezzeret.key, urabrask.key (PEM), trust.json (public keys by id and role)")
+    keys_dir: Path = Field(
+        description="tezzeret.key, urabrask.key, operator.key (PEM), trust.json (public keys by id and role)"
+    )
 
 
 def read_endpoints(data_dir: Path) -> Endpoints:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from esper_core.blueprint.ir import BlueprintIR
 
 app = noun("blueprint", "Blueprints: designs for kernels, typed graphs of named operations.")
-lineage.register(app)
 
 
 @command(app, "submit")
@@ -152,3 +151,6 @@ def _nodes(design: blueprint_pb2.BlueprintIR) -> RenderableType:
         for node in design.nodes
     ]  # fmt: skip
     return table(("NODE", "OP", "FROM", "*ATTRIBUTES"), rows, empty="no nodes")
+
+
+lineage.register(app)

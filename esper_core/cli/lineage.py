@@ -63,7 +63,7 @@ async def lineage(
 
 def _tree(answer: urza_pb2.GetLineageResponse, *, up: bool) -> RenderableType:
     """The relatives on one side as a tree; walked with a stack, for a line of descent may be longer than Python's."""
-    known = {one.blueprint_id: one for one in answer.relatives if one.generation <= 0 or not up}
+    known = {one.blueprint_id: one for one in answer.relatives if (one.generation <= 0 if up else one.generation >= 0)}
     next_of: dict[str, list[str]] = defaultdict(list)
     for edge in answer.descents:
         here, there = (edge.child_id, edge.parent_id) if up else (edge.parent_id, edge.child_id)

@@ -1,4 +1,4 @@
-"""Signed statements about kernels: in-toto statements in DSSE envelopes, ECDSA P-256.
+"""Signed statements about kernels and files of them: in-toto statements in DSSE envelopes, ECDSA P-256.
 
 Proves that whoever holds a private key said exactly these bytes. Whether that key counts, and whether the statement
 fits a given kernel, is :mod:`esper_core.kernel.trust`'s to decide; how private keys are kept is the caller's. Free of
@@ -22,12 +22,13 @@ from esper_core.errors import InvalidInput, Untrusted
 from esper_core.ids import sha256
 from esper_core.kernel.manifest import KernelManifest
 
-Role = Literal["build", "validation"]
+Role = Literal["build", "validation", "library"]
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 PREDICATES: Mapping[Role, str] = {
     "build": "urn:esper:attestation:build:v1",
     "validation": "urn:esper:attestation:validation:v1",
+    "library": "urn:esper:attestation:library:v1",
 }
 """Predicate type of each role's statements."""
 MAX_PAYLOAD = 65536

@@ -25,7 +25,7 @@ from esper_core.kernel.trust import TrustList, trust_entry
 from esper_core.local.layout import Layout, write_private
 from esper_core.rpc.policy import PRINCIPALS, SERVICES
 
-SIGNERS: Mapping[str, Role] = {"tezzeret": "build", "urabrask": "validation"}
+SIGNERS: Mapping[str, Role] = {"tezzeret": "build", "urabrask": "validation", "operator": "library"}
 
 _CA_LIFE = dt.timedelta(days=3650)
 _LEAF_LIFE = dt.timedelta(days=397)
@@ -131,15 +131,21 @@ def _good(cert: x509.Certificate, ca: x509.Certificate, alternatives: x509.Subje
 
 def _signing_keys(folder: Path) -> None:
     """One key per signer, and the list of whom to believe in which role."""
-    listed = []
+    listed, fresh = [], []
     for principal, role in SIGNERS.items():
         path = folder / f"{principal}.key"
-        if not path.exists():
+        new = not path.exists()
+        if new:
             write_private(path, generate_key())
-        listed.append(trust_entry(role, public_pem(_pem(_load(path)))))
+        entry = trust_entry(role, public_pem(_pem(_load(path))))
+        listed.append(entry)
+        if new and role == "library":
+            fresh.append(entry)
     trust = folder / "trust.json"
     if not trust.exists():  # afterwards it is the operator's: keys are revoked and added there
         write_private(trust, TrustList(keys=tuple(listed)).dump().encode())
+    elif fresh:  # a list from before operators signed libraries: nobody can have revoked a key that was made just now
+        write_private(trust, TrustList(keys=(*TrustList.load(trust).keys, *fresh)).dump().encode())
 
 
 def _load(path: Path) -> ec.EllipticCurvePrivateKey:

@@ -8,7 +8,7 @@ torch and is Urabrask's work), so a stored kernel is well-formed in its papers a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ from services.urza.usage import Usage, usage
 
 CHUNK_BYTES = 128 * 1024
 
+
+Settle = Callable[[Connection], Awaitable[None]]
 
 BURIED = frozenset({KernelStatus.REJECTED, KernelStatus.RETIRED})
 """As what a kernel was forgotten for good."""
@@ -85,12 +87,30 @@ class Library:
         )
         if not known:
             raise NotFound(f"no blueprint {manifest.blueprint_id}", hint="upload the blueprint first")
-        buried = await self._tombstone(manifest.kernel_id)
-        if buried is not None and KernelStatus(buried["status"]) in BURIED:
-            raise Conflict(_epitaph(buried), hint="build another kernel")
+        if buried := await self.buried(manifest.kernel_id):
+            raise Conflict(buried, hint="build another kernel")
 
-    async def put(self, manifest: KernelManifest, attestation: Attestation, blob: bytes, created_by: str) -> bool:
+    async def buried(self, kernel_id: str) -> str:
+        """That the kernel was forgotten for good and why, in words; empty when it may come."""
+        found = await self._tombstone(kernel_id)
+        return _epitaph(found) if found is not None and KernelStatus(found["status"]) in BURIED else ""
+
+    async def put(
+        self,
+        manifest: KernelManifest,
+        attestation: Attestation,
+        blob: bytes,
+        created_by: str,
+        settle: Settle | None = None,
+    ) -> bool:
         """Keep a checked kernel as COMPILED; False when it was there already.
+
+        Args:
+            manifest: what it is.
+            attestation: the build's statement.
+            blob: its bytes.
+            created_by: principal that brings it.
+            settle: what else is to be written of it, in the same transaction, when it is new.
 
         Raises:
             Corrupt: blob and manifest disagree.
@@ -108,7 +128,10 @@ class Library:
             await self._blobs.put(blob, copy.number)
             async with self._database.acquire() as connection, connection.transaction():
                 if await self._copies.hold(connection, copy):
-                    return await _insert(connection, manifest, attestation, created_by)
+                    created = await _insert(connection, manifest, attestation, created_by)
+                    if created and settle is not None:
+                        await settle(connection)
+                    return created
             await self._blobs.delete(copy.digest, copy.number)  # it was doomed while the bytes travelled
         raise Unavailable(f"blob {manifest.blob_sha256} is being deleted again and again", hint="upload it again later")
 

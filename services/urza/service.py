@@ -11,6 +11,7 @@ from esper_core.pb.esper.urza.v1 import urza_pb2_grpc
 from esper_core.rpc.server import ServedService
 from services.runtime import Platform, Service
 from services.urza.blueprints import Blueprints
+from services.urza.imports import Imports
 from services.urza.library import Library
 from services.urza.retention import Retention
 from services.urza.servicer import UrzaServicer
@@ -46,5 +47,6 @@ async def build(platform: Platform) -> Service:
         Verdicts(platform.database, trust),
         Retention(platform.database, platform.blobs),
         field,
+        Imports(platform.database, blueprints, library, trust),
     )
     return Service(NAME, (ServedService(SERVICE, register, servicer),), (reports,))

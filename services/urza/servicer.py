@@ -21,6 +21,7 @@ from esper_core.rpc.convert import from_proto
 from services import page
 from services.urza import wire
 from services.urza.blueprints import Blueprints
+from services.urza.imports import Imports
 from services.urza.library import Library
 from services.urza.lineage import LIMIT, lineage
 from services.urza.retention import KEEP_UNUSED, Retention
@@ -45,6 +46,7 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         verdicts: Verdicts,
         retention: Retention,
         field: Field,
+        imports: Imports,
     ) -> None:
         self._database = database
         self._blueprints = blueprints
@@ -52,6 +54,7 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         self._verdicts = verdicts
         self._retention = retention
         self._field = field
+        self._imports = imports
 
     async def UploadBlueprint(
         self, request: urza_pb2.UploadBlueprintRequest, _: Context
@@ -122,6 +125,13 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
             return
         async for progress in self._retention.collect(keep):
             yield wire.progress(progress)
+
+    async def ImportLibrary(
+        self, requests: AsyncIterator[urza_pb2.ImportLibraryRequest], _: Context
+    ) -> AsyncIterator[urza_pb2.ImportLibraryResponse]:
+        pieces = (request.chunk async for request in requests)
+        async for told in self._imports.take(pieces, principal()):
+            yield wire.told(told)
 
     async def UpdateKernelStatus(
         self, request: urza_pb2.UpdateKernelStatusRequest, _: Context

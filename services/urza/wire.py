@@ -8,6 +8,7 @@ from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import to_proto
 from services import page
 from services.urza.blueprints import StoredBlueprint
+from services.urza.imports import Told
 from services.urza.lineage import Lineage
 from services.urza.query import Order, Query
 from services.urza.retention import Progress
@@ -85,3 +86,25 @@ def progress(found: Progress) -> urza_pb2.CollectGarbageResponse:
         kept=found.kept,
         done=found.done,
     )
+
+
+def told(found: Told) -> urza_pb2.ImportLibraryResponse:
+    kernel = summary = None
+    if found.record is not None:
+        kernel = urza_pb2.ImportedKernel(
+            kernel_id=found.record.manifest.kernel_id,
+            status=None if found.status is None else kernel_pb2.KernelStatus.Name(found.status),
+            created=found.created,
+            note=found.note,
+        )
+    if found.done:
+        sums = found.summary
+        summary = urza_pb2.ImportSummary(
+            key_id=sums.key_id,
+            blueprints=sums.blueprints,
+            kernels=sums.kernels,
+            unmeasured=sums.unmeasured,
+            known=sums.known,
+            left_out=sums.left_out,
+        )
+    return urza_pb2.ImportLibraryResponse(total=found.total, finished=found.finished, kernel=kernel, summary=summary)

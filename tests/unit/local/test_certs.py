@@ -99,11 +99,11 @@ def test_a_new_authority_reissues_everything_it_did_not_sign(layout: Layout) -> 
         read(layout, name).verify_directly_issued_by(read(layout, "ca"))
 
 
-def test_the_trust_list_names_both_signers_with_different_keys(layout: Layout) -> None:
+def test_the_trust_list_names_all_signers_with_different_keys(layout: Layout) -> None:
     listed = {key.role: key for key in TrustList.load(layout.keys / "trust.json").keys}
-    assert set(listed) == {"build", "validation"}
-    assert len({key.public_key_pem for key in listed.values()}) == 2
-    for principal, role in (("tezzeret", "build"), ("urabrask", "validation")):
+    assert set(listed) == {"build", "validation", "library"}
+    assert len({key.public_key_pem for key in listed.values()}) == 3
+    for principal, role in (("tezzeret", "build"), ("urabrask", "validation"), ("operator", "library")):
         private = serialization.load_pem_private_key((layout.keys / f"{principal}.key").read_bytes(), None)
         assert isinstance(private, ec.EllipticCurvePrivateKey)
         public = serialization.load_pem_public_key(listed[role].public_key_pem.encode())
@@ -115,6 +115,18 @@ def test_an_edited_trust_list_is_left_as_it_is(layout: Layout) -> None:
     (layout.keys / "trust.json").write_text('{"keys": []}')
     certs.provision(layout, "127.0.0.1")
     assert (layout.keys / "trust.json").read_text() == '{"keys": []}'
+
+
+def test_a_list_from_before_libraries_were_signed_gets_the_operator_s_new_key_once(layout: Layout) -> None:
+    whole = TrustList.load(layout.keys / "trust.json")
+    old = TrustList(keys=tuple(key for key in whole.keys if key.role != "library"))
+    (layout.keys / "trust.json").write_text(old.dump())
+    certs.provision(layout, "127.0.0.1")  # the key is there: whoever took it off the list meant it
+    assert TrustList.load(layout.keys / "trust.json") == old
+    (layout.keys / "operator.key").unlink()
+    certs.provision(layout, "127.0.0.1")
+    *kept, new = TrustList.load(layout.keys / "trust.json").keys
+    assert (tuple(kept), new.role) == (old.keys, "library")
 
 
 def test_a_damaged_key_is_an_error_that_says_what_to_do(layout: Layout) -> None:

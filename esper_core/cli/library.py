@@ -1,0 +1,240 @@
+"""``esperctl library``: the whole library at once: into a signed file, out of one, and rid of what is of no use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from esper_core.cli.command import Invocation, command, noun
+from esper_core.cli.output import console, enum_name, enum_value, fields, plain, short, table, words
+from esper_core.cli.query import StatusName
+from esper_core.errors import Corrupt, InvalidInput, NotFound
+from esper_core.pb.esper.core.v1.kernel_pb2 import KernelStatus
+from esper_core.pb.esper.urza.v1 import urza_pb2
+
+if TYPE_CHECKING:
+    from esper_core.cli.platform import Platform
+    from esper_core.kernel.bundle import Design, Plan
+    from esper_core.kernel.record import KernelRecord
+
+app = noun("library", "The library of blueprints and kernels as a whole.")
+
+KEY_FILE = "operator.key"
+PAGE = 500
+PIECE = 256 * 1024  # bytes; the contract's bound on a piece
+
+
+@command(app, "gc")
+async def gc(
+    call: Invocation,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
+    keep_unused: Annotated[
+        int, typer.Option(min=0, max=100_000_000, help="Never used kernels stay while among the newest so many.")
+    ] = 1000,
+) -> None:
+    """Forget kernels that are rejected, retired, or old and never used; delete bytes that no kernel needs.
+
+    Blueprints stay, and a forgotten kernel leaves a note, so that what was rejected or retired cannot come back. May be
+    broken off at any moment; the next one goes on.
+
+    Example:  esperctl library gc --dry-run
+
+    Example:  esperctl library gc --keep-unused 100
+    """
+    request = urza_pb2.CollectGarbageRequest(dry_run=dry_run, keep_unused=keep_unused)
+    last = urza_pb2.CollectGarbageResponse()
+    async with call.platform() as platform:
+        with _progress("forgetting") as progress:
+            task = progress.add_task("", total=None)
+            async for last in platform.urza.CollectGarbage(request):
+                progress.update(task, total=last.doomed, completed=last.forgotten)
+    would = "would be " if dry_run else ""
+    pairs = [
+        (f"{would}forgotten", f"{last.forgotten:,} kernels"),
+        ("", f"{last.rejected:,} rejected, {last.retired:,} retired, {last.unused:,} never used"),
+        (f"{would}deleted", f"{last.blobs:,} blobs, {last.bytes:,} bytes"),
+        ("kept", f"{last.kept:,} kernels"),
+    ]
+    call.output.document(plain(last) | {"dry_run": dry_run}, fields(pairs))
+
+
+@command(app, "export")
+async def export(
+    call: Invocation,
+    file: Annotated[Path, typer.Argument(help="The file to make.", dir_okay=False)],
+    blueprint: Annotated[str | None, typer.Option(help="Only of this blueprint: name, id or prefix.")] = None,
+    tag: Annotated[list[str] | None, typer.Option("--tag", "-t", help="Only with this tag; repeatable.")] = None,
+    interface: Annotated[str, typer.Option(help="Only for this interface id.", show_default="any")] = "",
+    status: Annotated[StatusName | None, typer.Option(help="Only with this status.")] = None,
+    born_of: Annotated[
+        str, typer.Option(help="Only of blueprints brought by this principal.", show_default="any")
+    ] = "",
+) -> None:
+    """Write blueprints and kernels, with their papers and weights, into one file signed with the operator's key.
+
+    Without options that is the whole library; with some, the kernels they choose and the blueprints of these. `tar -tf`
+    lists what is in it.
+
+    Example:  esperctl library export library.esper
+
+    Example:  esperctl library export mine.esper --born-of karn --status validated
+    """
+    from esper_core.kernel.bundle import Plan
+
+    query = urza_pb2.QueryKernelsRequest(
+        required_tags=tag or [], interface_id=interface, born_of=born_of, page_size=PAGE
+    )
+    if status is not None:
+        query.status = enum_value(KernelStatus.DESCRIPTOR, status.name)
+    async with call.platform() as platform:
+        key = _key(platform.endpoints.keys_dir / KEY_FILE)
+        if blueprint is not None:
+            named = await platform.urza.GetBlueprint(urza_pb2.GetBlueprintRequest(blueprint_id=blueprint))
+            query.blueprint_id = named.blueprint_id
+        narrowed = bool(query.required_tags or interface or born_of or query.status or query.blueprint_id)
+        records = [record async for record in _records(platform, query)]
+        wanted = {record.manifest.blueprint_id for record in records} | {query.blueprint_id}
+        designs = [one async for one in _designs(platform) if not narrowed or one.blueprint.id in wanted]
+        plan = Plan(designs, records)
+        with _progress("fetching") as progress:
+            size = await _write(platform, plan, key, file, progress)
+    document = {"file": str(file), "blueprints": len(designs), "kernels": len(records), "bytes": size}
+    call.output.document(document, fields(document.items()))
+
+
+@command(app, "import")
+async def import_library(
+    call: Invocation,
+    file: Annotated[Path, typer.Argument(help="A file that `library export` made.", dir_okay=False)],
+) -> None:
+    """Take in a library file. Everything in it is verified before anything is kept; may be repeated.
+
+    Who signed it must be on this platform's trust list (keys/trust.json) with role "library". A kernel keeps its verdict
+    only when keys on that list signed its build and its validation; without a trusted validation it comes in as COMPILED
+    and is measured again here, without a trusted build it is left out.
+
+    Example:  esperctl library import library.esper
+    """
+    if not os.access(file, os.R_OK):
+        raise NotFound(f"no readable file {file}", hint="`esperctl library export` makes one")
+    changed: list[urza_pb2.ImportedKernel] = []
+    summary = urza_pb2.ImportSummary()
+    async with call.platform() as platform:
+        with _progress("taking in") as progress:
+            task = progress.add_task("", total=None)
+            async for told in platform.urza.ImportLibrary(_pieces(file)):
+                progress.update(task, total=told.total, completed=told.finished)
+                if told.HasField("kernel"):
+                    changed.append(told.kernel)
+                if told.HasField("summary"):
+                    summary = told.summary
+    pairs = [
+        ("signed by", f"key {summary.key_id}"), ("new", f"{summary.blueprints:,} blueprints, {summary.kernels:,} kernels"),
+        ("known", f"{summary.known:,} were there already"),
+        ("to be measured", f"{summary.unmeasured:,} kernels, by this platform's Urabrask" if summary.unmeasured else None),
+        ("left out", f"{summary.left_out:,} kernels" if summary.left_out else None),
+    ]  # fmt: skip
+    noted = [one for one in changed if one.note and (one.created or not one.status)]
+    rows = [(short(one.kernel_id), _became(one), one.note) for one in noted]
+    views: list[Any] = [fields(pairs)]
+    if rows:
+        views += [words(" "), table(("KERNEL", "NOW", "*WHY"), rows, empty="")]
+    call.output.document(plain(summary) | {"noted": [plain(one) | {"status": _became(one)} for one in noted]}, *views)
+
+
+def _became(one: urza_pb2.ImportedKernel) -> str | None:
+    return enum_name(KernelStatus.DESCRIPTOR, one.status) if one.status else None
+
+
+async def _records(platform: Platform, query: urza_pb2.QueryKernelsRequest) -> AsyncIterator[KernelRecord]:
+    from esper_core.kernel.record import KernelRecord
+    from esper_core.rpc.convert import from_proto
+
+    while True:
+        page: urza_pb2.QueryKernelsResponse = await platform.urza.QueryKernels(query)
+        for record in page.kernels:
+            yield from_proto(record, KernelRecord)
+        if not page.next_page_token:
+            return
+        query.page_token = page.next_page_token
+
+
+async def _designs(platform: Platform) -> AsyncIterator[Design]:
+    from esper_core.blueprint.ir import BlueprintIR
+    from esper_core.kernel.bundle import Design
+    from esper_core.rpc.convert import from_proto
+
+    request = urza_pb2.ListBlueprintsRequest(page_size=PAGE)
+    while True:
+        page: urza_pb2.ListBlueprintsResponse = await platform.urza.ListBlueprints(request)
+        for one in page.blueprints:
+            yield Design(blueprint=from_proto(one.blueprint, BlueprintIR), created_by=one.created_by)
+        if not page.next_page_token:
+            return
+        request.page_token = page.next_page_token
+
+
+async def _write(platform: Platform, plan: Plan, key: bytes, file: Path, progress: Progress) -> int:
+    """Write the file beside its place and move it there when it is whole; its size.
+
+    Raises:
+        InvalidInput: the place cannot be written.
+        Corrupt: what the library sends is not what its manifests promise.
+    """
+    from esper_core.cli.download import chunks
+    from esper_core.kernel.bundle import END, blob_header, padding
+
+    task = progress.add_task("", total=len(plan.blobs))
+    part, written = None, 0
+    try:
+        with tempfile.NamedTemporaryFile("wb", dir=file.parent, prefix=f".{file.name}.", delete=False) as out:
+            part = Path(out.name)
+            for piece in plan.head(key):
+                written += out.write(piece)
+            for digest, size in plan.blobs.items():
+                written += out.write(blob_header(digest, size))
+                came = hashlib.sha256()
+                async for data in chunks(platform, plan.source[digest].manifest.kernel_id):
+                    written += out.write(data)
+                    came.update(data)
+                if came.hexdigest() != digest:
+                    raise Corrupt(f"blob {digest} came damaged", hint="export again")
+                written += out.write(padding(size))
+                progress.advance(task)
+            written += out.write(END)
+            out.flush()
+            os.fsync(out.fileno())
+        part.chmod(0o644)
+        os.replace(part, file)
+        return written
+    except OSError as error:
+        raise InvalidInput(f"{file} cannot be written: {error.strerror}", hint="choose another place") from None
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+async def _pieces(file: Path) -> AsyncIterator[urza_pb2.ImportLibraryRequest]:
+    with file.open("rb") as source:
+        while data := source.read(PIECE):
+            yield urza_pb2.ImportLibraryRequest(chunk=data)
+
+
+def _key(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise NotFound(f"no key at {path}", hint="`esperctl up` makes one; it signs what you export") from None
+
+
+def _progress(what: str) -> Progress:
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, console=console(sys.stderr), transient=True, disable=not sys.stderr.isatty())
