@@ -18,13 +18,14 @@ ABOUT = {
     "graft": "a training step with a blended kernel, and after folding against a natively wider network",
     "decide": "Tamiyo.Step over mutual TLS with 1 to 200 slots, and the policy alone",
     "stream": "kernels to and from the library: throughput of 16 MiB, latency of a small one",
+    "library": "finding kernels among a million: p50 and p99 of every shape of question, index plans, and right answers",
     "bus": "outbox to JetStream to inbox: events per second and end-to-end latency",
     "forge": "builds and evaluations per minute, and what they cost a training run next door",
     "stack": "`up` cold and warm, and healing after kill -9 of each child",
     "seeds": "the demo over many seeds, its healthy twin, and a static network of the grown shape",
     "presets": "every other task preset, a few seeds each (minutes: only when named)",
 }
-USUAL = tuple(name for name in ABOUT if name not in ("presets", "compiled", "ramp"))
+USUAL = tuple(name for name in ABOUT if name not in ("presets", "compiled", "ramp", "library"))
 """What runs when nothing is named, within six minutes on two free cores."""
 GROUPS = {
     "exec": ("dormant", "compiled", "ramp", "swap", "cache", "telemetry", "boundary", "graft", "forge"),
