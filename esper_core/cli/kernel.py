@@ -14,7 +14,7 @@ from esper_core.cli import query
 from esper_core.cli.command import Invocation, command, noun
 from esper_core.cli.output import cell, console, enum_name, enum_value, fields, number, plain, short, table
 from esper_core.cli.query import StatusName, interface_of
-from esper_core.cli.resolve import LATEST, kernel_of, run_of, slot_of
+from esper_core.cli.resolve import LATEST, content_id, kernel_of, run_of, slot_of
 from esper_core.cli.seed import ordered
 from esper_core.ids import new_id
 from esper_core.pb.esper.core.v1.kernel_pb2 import KernelRecord, KernelStatus
@@ -73,11 +73,14 @@ async def show_kernel(call: Invocation, kernel: KernelArgument) -> None:
     Example:  esperctl kernel show kernel-3f0c1ab2
     """
     async with call.platform() as platform:
-        record = await kernel_of(platform, kernel)
+        request = urza_pb2.GetKernelRequest(kernel_id=content_id("kernel", kernel))
+        answer: urza_pb2.GetKernelResponse = await platform.urza.GetKernel(request)
+    record = answer.kernel
     views = [_summary(record)]
     if record.HasField("measurement"):
         views += [cell(" "), _measurement(record)]
-    call.output.document(plain(record), *views)
+    views += [cell(" "), _usage(answer.usage)]
+    call.output.document(plain(record) | {"usage": plain(answer.usage)}, *views)
 
 
 @command(app, "pull")
@@ -211,7 +214,7 @@ def _summary(record: KernelRecord) -> RenderableType:
         [
             ("kernel", manifest.kernel_id), ("status", _status(record)), ("why", record.reason),
             ("tags", ", ".join(record.tags)), ("blueprint", f"{manifest.blueprint.name} ({manifest.blueprint_id})"),
-            ("symbols", _symbols(record)),
+            ("born of", record.born_of), ("symbols", _symbols(record)),
             ("interface", f"{interface.in_width} → {interface.hidden_width} → {interface.out_width}"),
             ("interface id", record.interface_id), ("pipeline", manifest.pipeline),
             ("parameters", f"{manifest.parameters:,}"), ("flops", f"{manifest.flops:,}"),
@@ -233,5 +236,16 @@ def _measurement(record: KernelRecord) -> RenderableType:
             ("peak memory", f"{measured.peak_memory_bytes:,} bytes"), ("drift", measured.precision_drift),
             ("gradient norm", measured.gradient_norm), ("deterministic", measured.deterministic),
             ("repetitions", measured.repetitions), ("measured on", measured.target),
+        ]
+    )  # fmt: skip
+
+
+def _usage(usage: urza_pb2.KernelUsage) -> RenderableType:
+    grafts = f"{usage.tried:,}: {usage.fossilized:,} kept, {usage.culled:,} culled, {usage.rolled_back:,} rolled back"
+    contribution = f"{number(usage.contribution)} in loss, on average" if usage.HasField("contribution") else None
+    return fields(
+        [
+            ("fetched", f"{usage.streams:,} times by runs"), ("grafts", grafts), ("contribution", contribution),
+            ("interest", usage.interest),
         ]
     )  # fmt: skip

@@ -170,8 +170,7 @@ async def test_the_database_itself_protects_what_is_alive(shelf: Shelf) -> None:
         await shelf.pool.execute("UPDATE urza.copies SET state = 1 WHERE blob_sha256 = $1", kernel.blob_sha256)
 
 
-@pytest.mark.parametrize("nth", [1, 2])
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("step", "nth"), [*((step, 1) for step in STEPS), ("doomed", 2), ("deleted", 2)])
 async def test_a_collection_may_be_killed_at_any_step(shelf: Shelf, step: str, nth: int) -> None:
     idle = [await shelf.put(seed, b"idle %d" % seed) for seed in range(3)]
     await shelf.collect()  # so that something is to be swept
@@ -180,8 +179,6 @@ async def test_a_collection_may_be_killed_at_any_step(shelf: Shelf, step: str, n
     for kernel in used:
         await Field(shelf.pool).fetched(kernel.kernel_id)
     again = [await shelf.put(seed, b"idle %d" % seed) for seed in (0, 1)] + [await shelf.put(7, b"used 0")]
-    if step == "forgotten" and nth == 2:
-        return  # all of them fit into one batch
     shown = {
         name: value.get_secret_value() if isinstance(value := getattr(shelf.endpoints, name), SecretStr) else value
         for name in Endpoints.model_fields
@@ -261,7 +258,7 @@ async def test_an_upload_that_is_overtaken_by_a_collection_starts_over(shelf: Sh
     assert await shelf.keys() == {f"{kernel.blob_sha256}.2"}
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 async def test_uploads_collections_and_deaths_all_at_once(shelf: Shelf, seed: int) -> None:
     """Five weights, many kernels, three collectors that die at random, every request late by a random while."""
     chance = random.Random(seed)
