@@ -56,7 +56,7 @@ class Archive:
     def elites(self) -> list[Elite]:
         """One per filled cell, best first."""
         data = self._grid.data(("solution", "objective", "index"))
-        cells: Sequence[Sequence[int]] = self._grid.int_to_grid_index(data["index"]) if len(data["index"]) else []
+        cells = list(self._grid.int_to_grid_index(data["index"])) if len(data["index"]) else []
         found = [
             Elite(self._specimens[int(solution[0])], float(worth), (int(cell[0]), int(cell[1])))
             for solution, worth, cell in zip(data["solution"], data["objective"], cells, strict=True)

@@ -238,7 +238,7 @@ def _window(draft: Draft, dice: Dice) -> None:
         return
     op = node.op if node.op == "depthwise_conv" else "conv"
     geometry = grammar.window(dice.pick((1, 3, 5), (2, 3, 1)), dice.pick((1, 2, 3), (4, 2, 1)))
-    draft.change(node.name, op=op, **{**kept, **geometry})
+    draft.change(node.name, op=op, **(kept | geometry))
 
 
 def _groups(draft: Draft, dice: Dice) -> None:
