@@ -23,6 +23,7 @@ from services.karn.archive import Archive, Elite
 from services.karn.cross import cross
 from services.karn.design import TERMS, Design, Specimen, Terms
 from services.karn.dice import Dice
+from services.karn.draft import fits
 from services.karn.grammar import sprout
 from services.karn.mutate import mutate
 from services.karn.surrogate import FEWEST, Expected, Guess, Surrogate
@@ -93,6 +94,7 @@ class Breeder:
         specimens: everything measured and found fit there.
         barred: forms not to be proposed: measured, rejected, or under way.
         level: of the exercises.
+        transplants: good designs of other interfaces, tried first where nothing is known yet.
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class Breeder:
         level: int = 1,
         habits: Habits = HABITS,
         terms: Terms = TERMS,
+        transplants: Sequence[Design] = (),
     ) -> None:
         self._interface, self._habits, self._terms, self._level = interface, habits, terms, level
+        self._transplants = transplants
         self.archive = Archive(specimens, level, terms)
         self._barred = {*barred, *(specimen.design.form for specimen in specimens)}
         self._elites = self.archive.elites
@@ -123,9 +127,13 @@ class Breeder:
         return self._screened(children, count, dice)
 
     def _first(self, count: int, dice: Dice) -> list[_Child]:
-        """The catalogue, then random designs."""
-        first = [_Child(each, (), "catalogue") for each in founders(self._interface) if each.form not in self._barred]
-        found = {child.design.form: child for child in first}
+        """What did well elsewhere, the catalogue, then random designs."""
+        found: dict[str, _Child] = {}
+        for other in self._transplants:
+            if fits(other.ir, self._interface):
+                self._take(found, _Child(Design(other.ir, self._interface, other.source_id), (), "transplant"))
+        for founder in founders(self._interface):
+            self._take(found, _Child(founder, (), "catalogue"))
         for _ in range(count * MAX_TRIES):
             if len(found) >= count:
                 break
@@ -234,7 +242,7 @@ class Breeder:
         worth = self._worth(child, guess)
         held = self.archive.incumbent(child.design.units, guess.leaning.mean)
         why = (
-            f"{_descent(child)}; expected worth {worth.mean:.3f} ± {1.645 * worth.deviation:.3f} for {child.design.units:.1f} "
+            f"{_descent(child)}; expected worth {worth.mean:.3f} ± {worth.half_width:.3f} for {child.design.units:.1f} "
             f"host units, its cell holds {held:.3f}, the best {self.archive.best:.3f}; {how}"
         )
         return Proposal(child.design, _designs(child), child.operator, guess, worth, novelty, why)

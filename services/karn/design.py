@@ -85,6 +85,9 @@ class Fieldwork:
     rolled_back: int = 0
 
 
+UNTRIED = Fieldwork()
+
+
 @dataclass(frozen=True)
 class Specimen:
     """A design that Urabrask has measured and found fit.
@@ -98,7 +101,7 @@ class Specimen:
     design: Design
     lessons: tuple[Lesson, ...]
     forward_seconds: float | None = None
-    field: Fieldwork = Fieldwork()
+    field: Fieldwork = UNTRIED
 
     def learned(self, level: int) -> float:
         """Mean share of the exercises up to ``level`` that it learned; 0 when it was given none."""

@@ -35,9 +35,14 @@ class Guess:
     deviation: float
 
     @property
+    def half_width(self) -> float:
+        """Of the 90 % interval."""
+        return NORMAL * self.deviation
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The 90 % interval."""
-        return self.mean - NORMAL * self.deviation, self.mean + NORMAL * self.deviation
+        return self.mean - self.half_width, self.mean + self.half_width
 
 
 class Forest:
