@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from esper_core.cli import lineage
+from esper_core.cli import lineage, propose
 from esper_core.cli.command import Invocation, command, noun
 from esper_core.cli.output import cell, enum_name, fields, moment, plain, short, table
 from esper_core.errors import InvalidInput, nearest
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 app = noun("blueprint", "Blueprints: designs for kernels, typed graphs of named operations.")
 lineage.register(app)
+propose.register(app)
 
 
 @command(app, "submit")

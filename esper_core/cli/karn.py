@@ -15,7 +15,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from esper_core.cli.command import Invocation, command, noun
 from esper_core.cli.output import (
-    cell, clean, console, enum_name, enum_value, fields, moment, number, plain, short, table, words,
+    cell,
+    clean,
+    console,
+    enum_name,
+    enum_value,
+    fields,
+    moment,
+    number,
+    plain,
+    short,
+    table,
+    words,
 )  # fmt: skip
 from esper_core.cli.resolve import LATEST, run_of
 from esper_core.errors import Conflict, InvalidInput
@@ -47,7 +58,9 @@ class StateName(enum.StrEnum):
 async def run_search(
     call: Invocation,
     generations: Annotated[int, typer.Option("--generations", "-g", min=1, max=10000)] = 20,
-    population: Annotated[int, typer.Option("--population", "-p", min=1, max=256, help="Proposals per generation.")] = 8,
+    population: Annotated[
+        int, typer.Option("--population", "-p", min=1, max=256, help="Proposals per generation.")
+    ] = 8,
     run: Annotated[str | None, typer.Option("--run", help="For the slots of this run, or of the latest.")] = None,
     interface: InterfaceOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of its chance; 0 draws one.")] = 0,
@@ -137,7 +150,8 @@ async def list_interfaces(call: Invocation, limit: LimitOption = 100) -> None:
     ]  # fmt: skip
     columns = ("INTERFACE", "LAYOUT", "WIDTHS", "ACTIVATION", ">LEVEL", ">MEASURED", "RUN")
     call.output.document(
-        [plain(found) for found in answer.interfaces], table(columns, rows, empty=f"no interface is known yet: {NOTHING}")
+        [plain(found) for found in answer.interfaces],
+        table(columns, rows, empty=f"no interface is known yet: {NOTHING}"),
     )
 
 
@@ -146,7 +160,8 @@ async def show_archive(
     call: Invocation,
     interface: InterfaceOption = None,
     svg: Annotated[
-        Path | None, typer.Option("--svg", help="Draw it there; a page with a table when it ends in .html.", dir_okay=False)
+        Path | None,
+        typer.Option("--svg", help="Draw it there; a page with a table when it ends in .html.", dir_okay=False),
     ] = None,
     limit: LimitOption = 20,
 ) -> None:
@@ -180,7 +195,10 @@ async def show_archive(
     ]  # fmt: skip
     columns = ("DESIGN", ">WORTH", ">LEARNED", ">UNITS", ">LEANING", ">µS", "BY", ">KEPT", "KERNEL")
     call.output.document(
-        plain(answer), _standing(answer), cell(" "), table(columns, rows, empty="nothing measured yet: `esperctl karn run`")
+        plain(answer),
+        _standing(answer),
+        cell(" "),
+        table(columns, rows, empty="nothing measured yet: `esperctl karn run`"),
     )
 
 
@@ -198,9 +216,7 @@ async def list_proposals(
 
     Example:  esperctl karn proposals --state rejected
     """
-    request = karn_pb2.ListProposalsRequest(
-        search_id=search or "", interface_id=interface or "", page_size=limit
-    )
+    request = karn_pb2.ListProposalsRequest(search_id=search or "", interface_id=interface or "", page_size=limit)
     if state is not None:
         request.state = enum_value(karn_pb2.ProposalState.DESCRIPTOR, state.name)
     async with call.platform() as platform:
@@ -251,11 +267,7 @@ async def _follow(call: Invocation, platform: Platform, search_id: str) -> None:
             over = news.generation > seen.generation or not seen.search_id
             seen = news
             if shown is not None and task is not None:
-                step = 1 - news.waiting / max(1, news.population * len(news.interface_ids))
-                shown.update(
-                    task, total=news.generations, completed=news.generation + (0 if news.generation == news.generations else max(0.0, step)),
-                    description=_told(news),
-                )  # fmt: skip
+                shown.update(task, total=news.generations, completed=news.generation, description=_told(news))
             elif call.output.json:
                 call.output.line(plain(news), "")
             elif over:
