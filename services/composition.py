@@ -34,7 +34,7 @@ from esper_core.store.blobs import Blobs
 from esper_core.store.postgres import migrate, open_pool
 from services.runtime import Platform, Service, Task
 
-NAMES = ("oona", "urza", "tezzeret", "urabrask", "tamiyo", "kasmina", "tolaria", "nissa", "emrakul")
+NAMES = ("oona", "urza", "tezzeret", "urabrask", "tamiyo", "kasmina", "tolaria", "nissa", "emrakul", "karn")
 POOL_SIZE = 16
 GRACE, TASKS_GRACE, CLOSE_GRACE = 4.0, 2.0, 1.5  # seconds; together below the 10 that a stop may take
 CONNECT_SECONDS = 3.0

@@ -90,7 +90,7 @@ def analyse(
     steps: list[Step] = []
     totals = {"parameters": 0, "flops": 0, "activation_elements": 0}
     for node in ir.nodes:
-        step = _resolve(node, interface, values, shapes)
+        step = resolve(node, interface, values, shapes)
         steps.append(step)
         shapes[node.name] = step.cost.shape
         totals["parameters"] += step.cost.parameters
@@ -110,7 +110,12 @@ def analyse(
     return Analysis(**totals, shapes=shapes, steps=tuple(steps), silenced=_silenced(ir.output, tuple(steps)))
 
 
-def _resolve(node: Node, interface: SlotInterface, values: Mapping[str, int], shapes: Mapping[str, Shape]) -> Step:
+def resolve(node: Node, interface: SlotInterface, values: Mapping[str, int], shapes: Mapping[str, Shape]) -> Step:
+    """One node whose inputs have these shapes, with these values of every symbol and dimension.
+
+    Raises:
+        InvalidInput: when it does not fit them.
+    """
     op = ops.REGISTRY[node.op]
     inputs = tuple(shapes[name] for name in node.inputs)
     if len(inputs[0]) not in op.ranks:

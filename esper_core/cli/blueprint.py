@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import RenderableType
 
-from esper_core.cli import drawing, lineage
+from esper_core.cli import drawing, lineage, propose
 from esper_core.cli.command import Invocation, command, noun
 from esper_core.cli.output import cell, enum_name, fields, moment, plain, short, table
 from esper_core.errors import InvalidInput, nearest
@@ -155,3 +155,4 @@ def _nodes(design: blueprint_pb2.BlueprintIR) -> RenderableType:
 
 lineage.register(app)
 drawing.register(app)
+propose.register(app)

@@ -83,6 +83,17 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "GetRunHistory": _ANYONE,
         "ListDeadLetters": _ANYONE,
     },
+    "esper.karn.v1.KarnService": {
+        "Propose": _only("operator"),
+        "StartSearch": _only("operator"),
+        "GetSearch": _ANYONE,
+        "ListSearches": _ANYONE,
+        "WatchSearch": _ANYONE,
+        "StopSearch": _only("operator"),
+        "ListInterfaces": _ANYONE,
+        "GetArchive": _ANYONE,
+        "ListProposals": _ANYONE,
+    },
     "grpc.health.v1.Health": {
         "Check": _ANYONE,
         "List": _ANYONE,
