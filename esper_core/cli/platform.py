@@ -10,6 +10,7 @@ from typing import Any
 import grpc.aio
 
 from esper_core.config import Endpoints, read_endpoints
+from esper_core.pb.esper.emrakul.v1 import emrakul_pb2, emrakul_pb2_grpc
 from esper_core.pb.esper.karn.v1 import karn_pb2, karn_pb2_grpc
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2, kasmina_pb2_grpc
 from esper_core.pb.esper.nissa.v1 import nissa_pb2, nissa_pb2_grpc
@@ -22,7 +23,9 @@ from esper_core.rpc.client import open_channel
 
 SERVICES: tuple[str, ...] = tuple(
     service.full_name
-    for module in (urza_pb2, tezzeret_pb2, urabrask_pb2, tamiyo_pb2, kasmina_pb2, tolaria_pb2, nissa_pb2, karn_pb2)
+    for module in (
+        urza_pb2, tezzeret_pb2, urabrask_pb2, tamiyo_pb2, kasmina_pb2, tolaria_pb2, nissa_pb2, karn_pb2, emrakul_pb2,
+    )
     for service in module.DESCRIPTOR.services_by_name.values()
 )
 """Full names of the services a whole platform serves, e.g. ``esper.urza.v1.UrzaService``."""
@@ -45,6 +48,7 @@ class Platform:
         self.kasmina = stub(kasmina_pb2_grpc.KasminaServiceStub, channel)
         self.tolaria = stub(tolaria_pb2_grpc.TolariaServiceStub, channel)
         self.karn = stub(karn_pb2_grpc.KarnServiceStub, channel)
+        self.emrakul = stub(emrakul_pb2_grpc.EmrakulServiceStub, channel)
         self.nissa = stub(nissa_pb2_grpc.NissaServiceStub, channel)
 
 

@@ -1,1 +1,1 @@
-"""The architectural sculptor: finds what no longer pays and proposes to carve it away; Tolaria executes."""
+"""Emrakul, the architectural sculptor: proposes what a network no longer needs; runs alone take it out."""

@@ -32,11 +32,13 @@ from tests.e2e.living import NARROW, Living, until
 pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
 RUN = "poisoned"
 LISTENERS = {
-    subjects.RUN_EVENTS: {"tezzeret-runs", "tolaria-runs", "kasmina-seeds", "nissa"},
+    subjects.RUN_EVENTS: {"tezzeret-runs", "tolaria-runs", "kasmina-seeds", "emrakul-plans", "nissa"},
     subjects.EPOCH_EVENTS: {"tolaria-runs", "nissa"},
     subjects.SEED_EVENTS: {"kasmina-seeds", "nissa"},
     subjects.SEED_HEALTH: {"kasmina-telemetry", "nissa"},
     subjects.KASMINA_COMMANDS: {"nissa"},  # and the run itself, see test_killed
+    subjects.CARVE_ORDERS: {"nissa"},  # and the run itself, see test_carving_on_the_wire
+    subjects.CARVE_EVENTS: {"emrakul-plans", "nissa"},
     subjects.BLUEPRINT_SUBMITTED: {"tezzeret-builds", "urabrask-warm", "nissa"},
     subjects.KERNEL_READY: {"urabrask-kernels", "nissa"},
     subjects.KERNEL_CHARACTERIZED: {"nissa"},

@@ -31,6 +31,7 @@ from esper_core.kernel.sign import Role, sign, statement
 from esper_core.lifecycle import State
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2, lifecycle_pb2, run_pb2, telemetry_pb2
+from esper_core.pb.esper.emrakul.v1 import emrakul_pb2_grpc
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2_grpc
 from esper_core.pb.esper.nissa.v1 import nissa_pb2_grpc
 from esper_core.pb.esper.tamiyo.v1 import tamiyo_pb2_grpc
@@ -41,7 +42,7 @@ from esper_core.rpc.convert import to_proto
 from esper_core.store.postgres import open_pool
 from services import composition
 
-NAMES = ("oona", "urza", "tamiyo", "kasmina", "tolaria", "nissa")
+NAMES = ("oona", "urza", "tamiyo", "kasmina", "tolaria", "nissa", "emrakul")
 INTERFACE = SlotInterface(
     layout=Layout.FEATURES, in_width=16, out_width=12, hidden_width=4, activation="relu", foldable=True
 )
@@ -52,6 +53,7 @@ STUBS: dict[str, Any] = {
     "tamiyo": tamiyo_pb2_grpc.TamiyoServiceStub,
     "kasmina": kasmina_pb2_grpc.KasminaServiceStub,
     "tolaria": tolaria_pb2_grpc.TolariaServiceStub,
+    "emrakul": emrakul_pb2_grpc.EmrakulServiceStub,
     "nissa": nissa_pb2_grpc.NissaServiceStub,
 }
 T = TypeVar("T")
