@@ -60,9 +60,9 @@ class WarmChild:
     async def ask(self, job: Job) -> Job:
         """The child's answer to ``job``.
 
-        Raises:
-    XX
-            EsperError: whatever the work raised.
+            Raises:
+        XX
+                EsperError: whatever the work raised.
         """
         async with self._turn:
             try:
