@@ -7,7 +7,6 @@ library is away nothing is decided.
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +25,13 @@ from services.bell import Bell
 from services.child import WarmChild
 from services.lease import held
 from services.sandbox import Limits
-from services.urabrask import evaluations
+from services.urabrask import evaluations, experience, risk
 from services.urabrask.evaluations import Claim
 from services.urabrask.examination import Examination
 from services.urabrask.finding import Unfit, reason_of
 from services.urabrask.library import Library
-from services.urabrask.tags import tags_for
+from services.urabrask.retag import population
+from services.urabrask.tags import bounds, tags_for
 from services.urabrask.verdict import Verdict
 
 PRINCIPAL = "urabrask"
@@ -123,8 +123,10 @@ class Judge:
                 raise
             last = Unfit(reason_of(error), f"{MAX_ATTEMPTS} attempts ended with: {error.message}")
             return Verdict.unfit(record, last)
-        population = await evaluations.population(self._database, measurement.target)
-        return Verdict.fit(measurement, tags_for(record.manifest, measurement, population))
+        limits = bounds(await population(self._database, measurement.target))
+        row = risk.features(risk.design(record.manifest), measurement)
+        value, model = risk.assess(await experience.current(self._database), row)
+        return Verdict.fit(measurement, tags_for(record.manifest, measurement, limits, value), value, model)
 
     async def _announce(self, record: KernelRecord, verdict: Verdict) -> None:
         kernel_id = record.manifest.kernel_id
@@ -148,10 +150,13 @@ class Judge:
                 measurement=verdict.measurement,
                 tags=verdict.tags,
                 rejection=verdict.rejection,
-                parameters=record.manifest.parameters,
+                design=risk.design(record.manifest),
+                risk=verdict.risk,
+                risk_model=verdict.risk_model,
             )
             if done:
                 await enqueue(connection, subjects.KERNEL_CHARACTERIZED.of(), wrap(message, producer=PRINCIPAL))
+                await self._bell.ring(connection, experience.MODELS)
         LOG.info("kernel.judged", kernel_id=kernel_id, verdict=verdict.status.name, reason=verdict.reason, told=done)
 
     async def _postpone(self, claim: Claim, error: EsperError) -> None:

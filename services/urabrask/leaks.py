@@ -8,6 +8,7 @@ does not tell whether its host is autoregressive, and a kernel that looks ahead 
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -102,7 +103,7 @@ def _growth(call: Callable[[], object], *, collect: bool) -> tuple[int, int]:
     finally:
         if automatic:
             gc.enable()
-    growth = [(after[0] - before[0], after[1] - before[1]) for before, after in zip(held, held[1:], strict=False)]
+    growth = [(after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(held)]
     return min(grown for grown, _ in growth), min(grown for _, grown in growth)
 
 
