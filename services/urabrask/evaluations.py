@@ -134,8 +134,8 @@ async def finish(
 
     Without ``rejection``, a kernel that is not VALIDATED keeps the one it had.
     """
-    change = f"""phase = 5, verdict = $3, reason = $4, measurement = $5, tags = $6, design = $8, risk = $9, risk_model = $10,
-        rejection = CASE WHEN $3 = 2 THEN NULL ELSE coalesce($7, rejection) END, {_FREE}"""
+    change = f"""phase = 5, verdict = $3::smallint, reason = $4, measurement = $5, tags = $6, design = $8, risk = $9, risk_model = $10,
+        rejection = CASE WHEN $3::smallint = 2 THEN NULL ELSE coalesce($7::smallint, rejection) END, {_FREE}"""
     figures = None if measurement is None else measurement.model_dump_json()
     papers = None if design is None else json.dumps(dict(design))
     reasons = (int(verdict), reason[:500], figures, list(tags), None if rejection is None else int(rejection))

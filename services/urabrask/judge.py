@@ -55,6 +55,7 @@ class Judge:
         trust: path of the list of keys whose build statements count.
         limits: of the child.
         module: what the child runs.
+        lease_seconds: after which another judge takes over what this one died over.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Judge:
         trust: Path,
         limits: Limits = LIMITS,
         module: str = MODULE,
+        lease_seconds: float = evaluations.LEASE_SECONDS,
     ) -> None:
+        self._lease = lease_seconds
         self._database, self._bell, self._library = database, bell, library
         self._name = f"judge-{new_id()}"
         self.child = WarmChild(module, limits)
@@ -81,7 +84,7 @@ class Judge:
             await evaluations.release(self._database, self._name)
             while True:
                 rung = self._bell.expect(NEWS)
-                claim = await evaluations.claim(self._database, self._name)
+                claim = await evaluations.claim(self._database, self._name, self._lease)
                 if claim is None:
                     await self._bell.wait(rung)
                 else:
@@ -93,9 +96,9 @@ class Judge:
             await evaluations.release(self._database, self._name)
 
     async def _judge(self, claim: Claim) -> None:
-        renew = partial(evaluations.renew, self._database, claim.kernel_id, self._name)
+        renew = partial(evaluations.renew, self._database, claim.kernel_id, self._name, self._lease)
         try:
-            async with held(renew, evaluations.LEASE_SECONDS / 3):
+            async with held(renew, self._lease / 3):
                 record = await self._library.find(claim.kernel_id)
                 verdict = await self._examined(claim, record)
                 if not verdict.standing:
@@ -111,7 +114,7 @@ class Judge:
     async def _examined(self, claim: Claim, record: KernelRecord) -> Verdict:
         if record.status in (KernelStatus.REJECTED, KernelStatus.RETIRED):
             return Verdict.as_it_stands(record)
-        enter = partial(evaluations.enter, self._database, claim.kernel_id, self._name)
+        enter = partial(evaluations.enter, self._database, claim.kernel_id, self._name, lease_seconds=self._lease)
         try:
             measurement = await self._examination.of(record, self._library.fetch, enter)
         except Unfit as finding:

@@ -34,8 +34,8 @@ FEATURES = SlotInterface(layout=Layout.FEATURES, in_width=12, out_width=7, hidde
 TOKENS = SlotInterface(layout=Layout.TOKENS, in_width=12, out_width=12, hidden_width=3, activation="gelu")
 LIMITS = Limits(wall_seconds=20.0, cpu_seconds=10.0, memory_bytes=320 << 20)
 """For adversaries: a bomb must not take the machine. The one that is in ``bad`` needs a little more than this."""
-IMPATIENT = dataclasses.replace(LIMITS, wall_seconds=2.5, cpu_seconds=2.0)
-"""For those that never answer."""
+IMPATIENT = dataclasses.replace(LIMITS, wall_seconds=8.0, cpu_seconds=2.0)
+"""For those that never answer. Processor time is what an honest kernel has enough of on a busy machine too."""
 STUBBORN = frozenset({RejectionReason.TIMEOUT, RejectionReason.MEMORY, RejectionReason.FAILS})
 """What is said of kernels that take their child process with them."""
 
