@@ -44,6 +44,7 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
     "esper.urabrask.v1.UrabraskService": {
         "GetEvaluation": _ANYONE,
         "Evaluate": _only("operator", "tezzeret"),
+        "Retag": _only("operator"),
     },
     "esper.tamiyo.v1.TamiyoService": {
         "Step": _only("tolaria"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -47,6 +47,8 @@ class Evaluation(BaseModel):
     measurement: Measurement | None = None
     tags: tuple[str, ...] = ()
     rejection: RejectionReason | None = None
+    risk: float | None = None
+    risk_model: str = ""
 
 
 class Claim(BaseModel):
@@ -58,7 +60,7 @@ class Claim(BaseModel):
     attempts: int
 
 
-_FIELDS = "kernel_id, phase, verdict, reason, measurement, tags, rejection"
+_FIELDS = "kernel_id, phase, verdict, reason, measurement, tags, rejection, risk, risk_model"
 _FREE = "claimed_by = NULL, lease_until = NULL"
 
 
@@ -124,16 +126,20 @@ async def finish(
     measurement: Measurement | None,
     tags: Sequence[str],
     rejection: RejectionReason | None = None,
-    parameters: int | None = None,
+    design: Mapping[str, float] | None = None,
+    risk: float | None = None,
+    risk_model: str = "",
 ) -> bool:
     """Note the verdict on a claimed kernel; False when the claim was lost.
 
     Without ``rejection``, a kernel that is not VALIDATED keeps the one it had.
     """
-    change = f"""phase = 5, verdict = $3, reason = $4, measurement = $5, tags = $6, parameters = $8,
-        rejection = CASE WHEN $3 = 2 THEN NULL ELSE coalesce($7, rejection) END, {_FREE}"""
+    change = f"""phase = 5, verdict = $3::smallint, reason = $4, measurement = $5, tags = $6, design = $8, risk = $9, risk_model = $10,
+        rejection = CASE WHEN $3::smallint = 2 THEN NULL ELSE coalesce($7::smallint, rejection) END, {_FREE}"""
     figures = None if measurement is None else measurement.model_dump_json()
-    values = (int(verdict), reason[:500], figures, list(tags), rejection and int(rejection), parameters)
+    papers = None if design is None else json.dumps(dict(design))
+    reasons = (int(verdict), reason[:500], figures, list(tags), None if rejection is None else int(rejection))
+    values = (*reasons, papers, risk, risk_model)
     return await _guarded(connection, change, kernel_id, judge, *values)
 
 
@@ -158,17 +164,6 @@ async def release(pool: Pool, judge: str) -> None:
 async def forget(pool: Pool, kernel_id: str, judge: str) -> None:
     """Drop a claimed evaluation of a kernel that does not exist."""
     await pool.execute("DELETE FROM urabrask.evaluations WHERE kernel_id = $1 AND claimed_by = $2", kernel_id, judge)
-
-
-async def population(pool: Pool, target: str) -> list[float]:
-    """Median forward seconds per row of every kernel found VALIDATED on machines of kind ``target``, ascending."""
-    rows = await pool.fetch(
-        """SELECT (measurement ->> 'forward_seconds')::double precision / (measurement ->> 'batch')::integer AS seconds
-           FROM urabrask.evaluations
-           WHERE measurement IS NOT NULL AND measurement ->> 'target' = $1 AND verdict = 2 ORDER BY seconds""",
-        target,
-    )
-    return [row["seconds"] for row in rows]
 
 
 async def _guarded(on: Connection | Pool, change: str, kernel_id: str, judge: str, *values: Any) -> bool:

@@ -25,12 +25,13 @@ from services.bell import Bell
 from services.child import WarmChild
 from services.lease import held
 from services.sandbox import Limits
-from services.urabrask import evaluations
+from services.urabrask import evaluations, experience, risk
 from services.urabrask.evaluations import Claim
 from services.urabrask.examination import Examination
 from services.urabrask.finding import Unfit, reason_of
 from services.urabrask.library import Library
-from services.urabrask.tags import tags_for
+from services.urabrask.retag import population
+from services.urabrask.tags import bounds, tags_for
 from services.urabrask.verdict import Verdict
 
 PRINCIPAL = "urabrask"
@@ -54,6 +55,7 @@ class Judge:
         trust: path of the list of keys whose build statements count.
         limits: of the child.
         module: what the child runs.
+        lease_seconds: after which another judge takes over what this one died over.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class Judge:
         trust: Path,
         limits: Limits = LIMITS,
         module: str = MODULE,
+        lease_seconds: float = evaluations.LEASE_SECONDS,
     ) -> None:
+        self._lease = lease_seconds
         self._database, self._bell, self._library = database, bell, library
         self._name = f"judge-{new_id()}"
         self.child = WarmChild(module, limits)
@@ -80,7 +84,7 @@ class Judge:
             await evaluations.release(self._database, self._name)
             while True:
                 rung = self._bell.expect(NEWS)
-                claim = await evaluations.claim(self._database, self._name)
+                claim = await evaluations.claim(self._database, self._name, self._lease)
                 if claim is None:
                     await self._bell.wait(rung)
                 else:
@@ -92,9 +96,9 @@ class Judge:
             await evaluations.release(self._database, self._name)
 
     async def _judge(self, claim: Claim) -> None:
-        renew = partial(evaluations.renew, self._database, claim.kernel_id, self._name)
+        renew = partial(evaluations.renew, self._database, claim.kernel_id, self._name, self._lease)
         try:
-            async with held(renew, evaluations.LEASE_SECONDS / 3):
+            async with held(renew, self._lease / 3):
                 record = await self._library.find(claim.kernel_id)
                 verdict = await self._examined(claim, record)
                 if not verdict.standing:
@@ -110,7 +114,7 @@ class Judge:
     async def _examined(self, claim: Claim, record: KernelRecord) -> Verdict:
         if record.status in (KernelStatus.REJECTED, KernelStatus.RETIRED):
             return Verdict.as_it_stands(record)
-        enter = partial(evaluations.enter, self._database, claim.kernel_id, self._name)
+        enter = partial(evaluations.enter, self._database, claim.kernel_id, self._name, lease_seconds=self._lease)
         try:
             measurement = await self._examination.of(record, self._library.fetch, enter)
         except Unfit as finding:
@@ -122,8 +126,10 @@ class Judge:
                 raise
             last = Unfit(reason_of(error), f"{MAX_ATTEMPTS} attempts ended with: {error.message}")
             return Verdict.unfit(record, last)
-        population = await evaluations.population(self._database, measurement.target)
-        return Verdict.fit(measurement, tags_for(record.manifest, measurement, population))
+        limits = bounds(await population(self._database, measurement.target))
+        row = risk.features(risk.design(record.manifest), measurement)
+        value, model = risk.assess(await experience.current(self._database), row)
+        return Verdict.fit(measurement, tags_for(record.manifest, measurement, limits, value), value, model)
 
     async def _announce(self, record: KernelRecord, verdict: Verdict) -> None:
         kernel_id = record.manifest.kernel_id
@@ -147,10 +153,13 @@ class Judge:
                 measurement=verdict.measurement,
                 tags=verdict.tags,
                 rejection=verdict.rejection,
-                parameters=record.manifest.parameters,
+                design=risk.design(record.manifest),
+                risk=verdict.risk,
+                risk_model=verdict.risk_model,
             )
             if done:
                 await enqueue(connection, subjects.KERNEL_CHARACTERIZED.of(), wrap(message, producer=PRINCIPAL))
+                await self._bell.ring(connection, experience.MODELS)
         LOG.info("kernel.judged", kernel_id=kernel_id, verdict=verdict.status.name, reason=verdict.reason, told=done)
 
     async def _postpone(self, claim: Claim, error: EsperError) -> None:

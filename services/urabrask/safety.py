@@ -28,12 +28,15 @@ TOKENS = 8
 """Sequence length tried where the slot leaves it open."""
 ROWS = 16
 """Batch that safety is tried with."""
+ORDINARY = "an ordinary"
+"""What unit-scale input is called."""
 LARGE = 1e3
 """Scale of the extreme input."""
 MAX_SCALE = 1e4
 """Root mean square that an awake kernel's output may reach on a unit-scale input."""
 MAX_GRADIENT, MIN_GRADIENT = 1e6, 1e-10
-"""Range that the norm of an awake kernel's parameter gradient must stay in."""
+"""Range that the norm of an awake kernel's parameter gradient must stay in; what a single weight gets counts from the lower
+end on."""
 
 
 def shapes(interface: SlotInterface) -> tuple[Shape, Shape]:
@@ -53,7 +56,7 @@ def check(make: Make, interface: SlotInterface, rows: int = ROWS) -> None:
     enters, leaves = shapes(interface)
     draw = torch.Generator().manual_seed(0)
     normal = torch.randn(rows, *enters, generator=draw)
-    inputs = {"an ordinary": normal, "a zero": torch.zeros_like(normal), "a large": normal * LARGE}
+    inputs = {ORDINARY: normal, "a zero": torch.zeros_like(normal), "a large": normal * LARGE}
     _weights(make())
     modes = (True, False) if any(True for _ in make().buffers()) else (True,)
     looks = [(training, name, x) for training in modes for name, x in inputs.items()]
@@ -63,7 +66,7 @@ def check(make: Make, interface: SlotInterface, rows: int = ROWS) -> None:
     reached = set[str]().union(*(_awake(awaken(make().train(training)), x, name) for training, name, x in looks))
     for name, parameter in make().named_parameters():
         if parameter.dim() > 1 and name not in reached:
-            raise Unfit(RejectionReason.VANISHES, f"the gradient vanishes before weight {name}, whatever enters")
+            raise Unfit(RejectionReason.VANISHES, f"the gradient vanishes before weight {name}")
     _repeatable(make, normal)
     for training in modes:
         module, two = awaken(make().train(training)), normal if rows > 1 else torch.cat([normal, -normal])
@@ -130,7 +133,7 @@ def _can_learn(module: nn.Module, x: Tensor) -> None:
 
 
 def _awake(module: nn.Module, x: Tensor, name: str) -> set[str]:
-    """Names of the parameters that a gradient reached."""
+    """Names of the parameters that a gradient of ordinary input reached, not just a trace of one."""
     y, at_input, at_parameters = gradients(module, x)
     if not torch.isfinite(y).all():
         raise Unfit(RejectionReason.OUTPUT_NOT_FINITE, f"its output is not finite for {name} input")
@@ -140,9 +143,10 @@ def _awake(module: nn.Module, x: Tensor, name: str) -> set[str]:
             raise Unfit(RejectionReason.UNREACHED, f"no gradient reaches its weight {what}")
         if not torch.isfinite(gradient).all():
             raise Unfit(RejectionReason.GRADIENT_NOT_FINITE, f"the gradient at {what} is not finite for {name} input")
-    if name == "an ordinary":
-        _scale(y, gradient_norm(at_parameters))
-    return {what for what, gradient in gradients_by_name.items() if gradient is not None and bool(gradient.any())}
+    if name != ORDINARY:
+        return set()
+    _scale(y, gradient_norm(at_parameters))
+    return {what for what, gradient in gradients_by_name.items() if gradient_norm([gradient]) >= MIN_GRADIENT}
 
 
 def _scale(y: Tensor, norm: float) -> None:

@@ -1,4 +1,4 @@
-"""Urabrask: what to serve, which event brings kernels, and the judge who measures them."""
+"""Urabrask: what to serve, which events bring kernels and reports, the judge, and what runs beside him."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from esper_core.rpc.server import ServedService
 from services.bell import Bell
 from services.runtime import Platform, Service
 from services.urabrask import evaluations
+from services.urabrask.experience import Experience
 from services.urabrask.judge import NEWS, PRINCIPAL, Judge
 from services.urabrask.library import Library
+from services.urabrask.retag import Retag
 from services.urabrask.servicer import UrabraskServicer
 
 SERVICE = "esper.urabrask.v1.UrabraskService"
@@ -29,6 +31,7 @@ async def build(platform: Platform) -> Service:
     stub = urza_pb2_grpc.UrzaServiceStub(platform.channel(PRINCIPAL))  # type: ignore[no-untyped-call]
     library = Library(stub, keys / f"{PRINCIPAL}.key")
     judge = Judge(platform.database, platform.bell, library, keys / TRUST_FILE)
+    learner, retag = Experience(platform.database, platform.bell), Retag(platform.database, platform.bell, library)
     kernels = partial(
         consume,
         platform.database,
@@ -36,6 +39,14 @@ async def build(platform: Platform) -> Service:
         durable="urabrask-kernels",
         subjects=(subjects.KERNEL_READY.of(),),
         handler=partial(on_kernel, platform.bell),
+    )
+    reports = partial(
+        consume,
+        platform.database,
+        platform.bus,
+        durable="urabrask-reports",
+        subjects=(subjects.FIELD_REPORTS.of(),),
+        handler=learner.on_report,
     )
     foresee = partial(
         consume_plain,
@@ -45,8 +56,8 @@ async def build(platform: Platform) -> Service:
         handler=partial(on_wish, judge),
     )
     register = urabrask_pb2_grpc.add_UrabraskServiceServicer_to_server
-    served = ServedService(SERVICE, register, UrabraskServicer(platform.database, platform.bell, library))
-    return Service(PRINCIPAL, (served,), (kernels, foresee, judge.run))
+    served = ServedService(SERVICE, register, UrabraskServicer(platform.database, platform.bell, library, retag))
+    return Service(PRINCIPAL, (served,), (kernels, foresee, reports, judge.run, learner.run, retag.run))
 
 
 async def on_kernel(bell: Bell, connection: Connection, event: Event) -> None:

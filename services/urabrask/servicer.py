@@ -1,4 +1,4 @@
-"""Urabrask's wire edge: what was found, and look again."""
+"""Urabrask's wire edge: what was found, look again, and bring the tags up to date."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from services.urabrask import evaluations
 from services.urabrask.evaluations import Evaluation
 from services.urabrask.judge import NEWS
 from services.urabrask.library import Library
+from services.urabrask.retag import Change, Retag
+
+MOST_CHANGES = 1000
+"""In one answer."""
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -19,8 +23,8 @@ Context = grpc.aio.ServicerContext[object, object]
 class UrabraskServicer(urabrask_pb2_grpc.UrabraskServiceServicer):
     """See ``protos/esper/urabrask/v1/urabrask.proto`` for what each call promises."""
 
-    def __init__(self, database: Pool, bell: Bell, library: Library) -> None:
-        self._database, self._bell, self._library = database, bell, library
+    def __init__(self, database: Pool, bell: Bell, library: Library, retag: Retag) -> None:
+        self._database, self._bell, self._library, self._retag = database, bell, library, retag
 
     async def GetEvaluation(
         self, request: urabrask_pb2.GetEvaluationRequest, _: Context
@@ -35,6 +39,22 @@ class UrabraskServicer(urabrask_pb2_grpc.UrabraskServiceServicer):
             await self._bell.ring(connection, NEWS)
         found = await evaluations.get(self._database, request.kernel_id)
         return urabrask_pb2.EvaluateResponse(evaluation=_wire(found))
+
+    async def Retag(self, request: urabrask_pb2.RetagRequest, _: Context) -> urabrask_pb2.RetagResponse:
+        examined, changed = await self._retag.once(dry_run=request.dry_run)
+        return urabrask_pb2.RetagResponse(
+            examined=examined, changed=len(changed), changes=[_change(change) for change in changed[:MOST_CHANGES]]
+        )
+
+
+def _change(change: Change) -> urabrask_pb2.TagChange:
+    kernel = change.kernel
+    return urabrask_pb2.TagChange(
+        kernel_id=kernel.kernel_id,
+        target=kernel.measurement.target,
+        removed=change.removed,
+        added=change.added,
+    )
 
 
 def _wire(found: Evaluation) -> urabrask_pb2.Evaluation:

@@ -18,6 +18,7 @@ class Verdict:
     Attributes:
         status: what the kernel becomes.
         rejection: which fault it has; None when it has none.
+        risk: how likely a graft of it is to fail, and `risk_model`, what told that; None when it is not fit.
         standing: the library says so already and need not be told.
     """
 
@@ -26,12 +27,16 @@ class Verdict:
     measurement: Measurement | None = None
     tags: tuple[str, ...] = ()
     rejection: RejectionReason | None = None
+    risk: float | None = None
+    risk_model: str = ""
     standing: bool = False
 
     @classmethod
-    def fit(cls, measurement: Measurement, tags: Sequence[str]) -> Verdict:
+    def fit(
+        cls, measurement: Measurement, tags: Sequence[str], risk: float | None = None, risk_model: str = ""
+    ) -> Verdict:
         """Every phase was passed."""
-        return cls(KernelStatus.VALIDATED, PASSED, measurement, tuple(tags))
+        return cls(KernelStatus.VALIDATED, PASSED, measurement, tuple(tags), risk=risk, risk_model=risk_model)
 
     @classmethod
     def unfit(cls, record: KernelRecord, finding: Unfit) -> Verdict:

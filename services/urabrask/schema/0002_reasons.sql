@@ -1,4 +1,3 @@
--- What was wrong, by name, as in esper.core.v1.RejectionReason; and what tiers of parameters are cut from.
+-- What was wrong, by name, as in esper.core.v1.RejectionReason.
 ALTER TABLE urabrask.evaluations
-    ADD COLUMN rejection smallint CHECK (rejection > 0),
-    ADD COLUMN parameters bigint CHECK (parameters >= 0);
+    ADD COLUMN rejection smallint CHECK (rejection > 0);

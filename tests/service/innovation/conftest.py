@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import socket
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 import aioboto3
 import asyncpg
 import pytest
+from pydantic import SecretStr
 
 from esper_core.config import Endpoints
-from services.composition import run
+from esper_core.store.postgres import migrate
+from services.composition import run, schemas
 from tests.service.innovation.papers import Innovation
 
 NAMES = ("oona", "urza", "tezzeret", "urabrask")
@@ -104,3 +107,29 @@ def s3(endpoints: Endpoints) -> contextlib.AbstractAsyncContextManager[object]:
         region_name=endpoints.s3_region,
     )
     return client
+
+
+@pytest.fixture(scope="module")
+async def bare(endpoints: Endpoints) -> AsyncIterator[Innovation]:
+    """The library alone, on a database of its own that also has Urabrask's tables: for judges that tests start."""
+    dsn = endpoints.postgres_dsn.get_secret_value()
+    name = f"bare_{secrets.token_hex(4)}"
+    await _administer(dsn, f'CREATE DATABASE "{name}" STRATEGY = file_copy')
+    grpc = f"127.0.0.1:{free_port()}"
+    own = endpoints.model_copy(
+        update={
+            "postgres_dsn": SecretStr(dsn.replace("/innovation?", f"/{name}?")),
+            "grpc_address": grpc,
+            "grpc_listen": grpc,
+            "metrics_port": free_port(),
+        }
+    )
+    await migrate(own.postgres_dsn.get_secret_value(), schemas(("urza", "urabrask")))
+    task = asyncio.create_task(run(own, ("urza",)))
+    made = await Innovation.connect(own)
+    yield made
+    await made.close()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await _administer(dsn, f'DROP DATABASE "{name}" WITH (FORCE)')

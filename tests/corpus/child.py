@@ -1,0 +1,37 @@
+"""Urabrask's bench for kernels of both kinds: real artifacts, and those modules that only code could bring.
+
+``python -m tests.corpus.child`` does what ``python -m services.urabrask.bench`` does; a manifest whose pipeline is the
+name of a class in ``tests.corpus.modules`` stands for that class. It dies of whatever that raises, like any child.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import nn
+
+from esper_core.kernel.manifest import KernelManifest
+from services.sandbox import Job, serve
+from services.urabrask.bench import Found, from_artifact, works
+from tests.corpus.modules import FAULTS, Adapter
+
+CLASSES = {cls.__name__: cls for cls in (Adapter, *FAULTS)}
+
+
+def fresh(cls: type[Adapter]) -> nn.Module:
+    """A new one, with the same weights every time."""
+    torch.manual_seed(0)
+    return cls()
+
+
+def find(job: Job) -> Found:
+    manifest = KernelManifest.model_validate(job["manifest"])
+    cls = CLASSES.get(manifest.pipeline)
+    return from_artifact(job) if cls is None else (manifest, lambda: fresh(cls), 64)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    gc.freeze()
+    serve(works(find))
