@@ -7,7 +7,21 @@ from typing import Annotated
 
 import typer
 
-from esper_core.cli import bench, blueprint, build, bus, decisions, export, kernel, policy, runs, seed, stack, train
+from esper_core.cli import (
+    bench,
+    blueprint,
+    build,
+    bus,
+    decisions,
+    export,
+    forge,
+    kernel,
+    policy,
+    runs,
+    seed,
+    stack,
+    train,
+)
 from esper_core.cli.command import DataDirOption, DebugOption, Globals, OutputOption, edge
 
 app = typer.Typer(
@@ -23,7 +37,7 @@ train.register(app)
 export.register(app)
 for group in (runs, seed, decisions, bench):
     app.add_typer(group.app, rich_help_panel="Training")
-for group in (kernel, blueprint, build, policy, bus):
+for group in (kernel, blueprint, build, forge, policy, bus):
     app.add_typer(group.app, rich_help_panel="Platform parts")
 
 

@@ -31,12 +31,15 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "GetKernel": _ANYONE,
         "QueryKernels": _ANYONE,
         "StreamKernel": _ANYONE,
+        "UploadNative": _only("tezzeret"),
+        "StreamNative": _ANYONE,
         "UpdateKernelStatus": _only("urabrask", "operator"),
     },
     "esper.tezzeret.v1.TezzeretService": {
         "SubmitBuild": _only("tolaria", "tamiyo", "karn", "operator"),
         "GetBuild": _ANYONE,
         "ListBuilds": _ANYONE,
+        "GetForgeStatus": _ANYONE,
     },
     "esper.urabrask.v1.UrabraskService": {
         "GetEvaluation": _ANYONE,

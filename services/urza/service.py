@@ -8,6 +8,7 @@ from esper_core.rpc.server import ServedService
 from services.runtime import Platform, Service
 from services.urza.blueprints import Blueprints
 from services.urza.library import Library
+from services.urza.native import Natives
 from services.urza.servicer import UrzaServicer
 
 NAME = "urza"
@@ -19,6 +20,7 @@ async def build(platform: Platform) -> Service:
     """The library over the schema ``urza`` and the platform's blobs."""
     blueprints = Blueprints(platform.database)
     library = Library(platform.database, platform.blobs, platform.endpoints.keys_dir / TRUST_FILE)
+    natives = Natives(platform.database, platform.blobs, platform.endpoints.keys_dir / TRUST_FILE)
     log.get(NAME).info("urza.seeded", new=await blueprints.seed())
     register = urza_pb2_grpc.add_UrzaServiceServicer_to_server
-    return Service(NAME, (ServedService(SERVICE, register, UrzaServicer(blueprints, library)),))
+    return Service(NAME, (ServedService(SERVICE, register, UrzaServicer(blueprints, library, natives)),))

@@ -21,6 +21,7 @@ from esper_core.rpc.convert import from_proto, to_proto
 from services import page
 from services.urza.blueprints import Blueprints, StoredBlueprint
 from services.urza.library import Library, Query, Verdict, token_after
+from services.urza.native import Natives, NativeServing
 
 M = TypeVar("M", bound=Message)
 PAGE_BYTES = 3 * 1024 * 1024
@@ -29,12 +30,13 @@ PAGE_BYTES = 3 * 1024 * 1024
 Context = grpc.aio.ServicerContext[object, object]
 
 
-class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
+class UrzaServicer(NativeServing, urza_pb2_grpc.UrzaServiceServicer):
     """See ``protos/esper/urza/v1/urza.proto`` for what each call promises."""
 
-    def __init__(self, blueprints: Blueprints, library: Library) -> None:
+    def __init__(self, blueprints: Blueprints, library: Library, natives: Natives) -> None:
         self._blueprints = blueprints
         self._library = library
+        self.natives = natives
 
     async def UploadBlueprint(
         self, request: urza_pb2.UploadBlueprintRequest, _: Context

@@ -1,0 +1,17 @@
+-- Native parts: code for one machine kind and one torch, kept under its digest beside the kernel's own blob. Blobs named
+-- here are live as long as the row is.
+CREATE TABLE urza.natives (
+    kernel_id text NOT NULL REFERENCES urza.kernels (kernel_id) ON DELETE CASCADE,
+    target text NOT NULL,
+    toolchain text NOT NULL,
+    record jsonb NOT NULL,
+    blob_sha256 text NOT NULL CHECK (blob_sha256 ~ '^[0-9a-f]{64}$'),
+    payload_type text NOT NULL,
+    payload bytea NOT NULL,
+    key_id text NOT NULL,
+    signature bytea NOT NULL,
+    created timestamptz NOT NULL DEFAULT now(),
+    created_by text NOT NULL,
+    PRIMARY KEY (kernel_id, target, toolchain)
+);
+CREATE INDEX natives_blob ON urza.natives (blob_sha256);
