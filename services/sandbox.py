@@ -49,6 +49,7 @@ class Limits:
         cpu_seconds: of one job.
         memory_bytes: address space above what the idle child holds.
         file_bytes: of one file it writes.
+        open_files: at once.
         idle_seconds: after which a child with nothing to do ends itself.
         start_seconds: until a started child must have said that it is ready.
     """
@@ -57,6 +58,7 @@ class Limits:
     cpu_seconds: float = 60.0
     memory_bytes: int = 4 << 30
     file_bytes: int = 1 << 30
+    open_files: int = 64
     idle_seconds: float = 60.0
     start_seconds: float = 120.0
 
@@ -102,7 +104,7 @@ def _answer(works: Mapping[str, Work], line: bytes) -> Job:
 def _confine(limits: Limits) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits.file_bytes, limits.file_bytes))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits.open_files, limits.open_files))
     if held := _status("VmSize"):
         ceiling = held + limits.memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))

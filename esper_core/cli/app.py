@@ -14,6 +14,7 @@ from esper_core.cli import (
     bus,
     decisions,
     export,
+    forge,
     karn,
     kernel,
     library,
@@ -38,7 +39,7 @@ train.register(app)
 export.register(app)
 for group in (runs, seed, decisions, bench):
     app.add_typer(group.app, rich_help_panel="Training")
-for group in (kernel, blueprint, library, build, karn, policy, bus):
+for group in (kernel, blueprint, library, build, forge, karn, policy, bus):
     app.add_typer(group.app, rich_help_panel="Platform parts")
 
 

@@ -24,7 +24,15 @@ from esper_core.rpc.client import open_channel
 SERVICES: tuple[str, ...] = tuple(
     service.full_name
     for module in (
-        urza_pb2, tezzeret_pb2, urabrask_pb2, tamiyo_pb2, kasmina_pb2, tolaria_pb2, nissa_pb2, karn_pb2, emrakul_pb2,
+        urza_pb2,
+        tezzeret_pb2,
+        urabrask_pb2,
+        tamiyo_pb2,
+        kasmina_pb2,
+        tolaria_pb2,
+        nissa_pb2,
+        karn_pb2,
+        emrakul_pb2,
     )
     for service in module.DESCRIPTOR.services_by_name.values()
 )

@@ -9,19 +9,21 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import structlog
 import torch
 from torch import Tensor, nn
 
 from esper_core.blueprint.build import KernelModule, build
 from esper_core.control.roles import LoadedKernel
 from esper_core.control.settings import GrowthSettings
-from esper_core.errors import InvalidInput
+from esper_core.errors import Corrupt, InvalidInput
 from esper_core.nn.chance import random_state, set_random_state
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.probe import Batch, LossFunction, each_tensor, run
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
+log = structlog.get_logger(__name__)
 FOLD_ROWS = 256
 """Held-back rows on which a fold is compared with what it replaces; the comparison is what a fold costs."""
 
@@ -87,6 +89,11 @@ class Plot:
             module.load_state_dict(dict(kernel.weights))
         except RuntimeError as problem:
             raise InvalidInput(f"weights of {kernel.kernel_id[:19]} do not fit its blueprint") from problem
+        if kernel.native is not None:
+            try:
+                kernel.native.attach(module)
+            except Corrupt as problem:  # the kernel itself is sound: it runs without
+                log.warning("native.declined", kernel_id=kernel.kernel_id, reason=problem.message)
         return slot.bind(module)
 
     def blend(self, slot: Slot) -> None:

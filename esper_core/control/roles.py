@@ -17,6 +17,7 @@ from esper_core.blueprint.interface import SlotInterface
 from esper_core.blueprint.ir import BlueprintIR
 from esper_core.blueprint.widening import widening
 from esper_core.control.packet import AdaptationSignal, KernelCandidate, SystemStatePacket, lasting_parameters
+from esper_core.nn.native import Native
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class LoadedKernel:
 
     Attributes:
         weights: by parameter name of the built module.
+        native: compiled code for it, where the run trusts some; the kernel is whole without.
     """
 
     kernel_id: str
@@ -32,6 +34,7 @@ class LoadedKernel:
     interface: SlotInterface
     symbols: Mapping[str, int]
     weights: Mapping[str, Tensor]
+    native: Native | None = None
 
     def cost(self, unit_parameters: int) -> int:
         """Parameters that the host will have more of in the end.

@@ -8,8 +8,16 @@ are :mod:`esper_core.kernel.pack`'s. Free of torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.interface import SlotInterface, canonical_json
@@ -19,6 +27,37 @@ from esper_core.ids import content_id, sha256
 
 MAX_BLOB_BYTES = 1 << 30
 REBUILD = "fetch the kernel again, or have it compiled anew"
+
+
+class NativeFigures(BaseModel):
+    """What came of compiling a kernel natively. Ratios are native over eager seconds on the machine of the build."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    rows: int = Field(ge=1)
+    """Batch it was compiled and timed for."""
+    build_seconds: float = Field(default=0.0, ge=0)
+    """Wall seconds of tracing, partitioning and compiling."""
+    load_seconds: float = Field(default=0.0, ge=0)
+    """Of loading both objects."""
+    first_call_seconds: float = Field(default=0.0, ge=0)
+    """Of the first forward and backward pass after loading."""
+    forward_ratio: float = Field(default=0.0, ge=0)
+    """Forward pass, steady state; 0 when it was not compiled."""
+    step_ratio: float = Field(default=0.0, ge=0)
+    """Forward and backward pass, likewise."""
+    repetitions: int = Field(default=0, ge=0)
+    """Interleaved rounds that the ratios are medians of."""
+    parity: float = Field(default=0.0, ge=0)
+    """Largest |native - eager| of outputs and all gradients, each relative to the eager's scale."""
+    shipped: bool = False
+    """Whether the native part was stored: only where it was right and faster."""
+    reason: str = Field(default="", max_length=200)
+    """Why it was not."""
+
+
+_YOUNGER = frozenset({"graph_sha256", "graph_ops", "joint_ops", "graph_max_abs_diff", "native"})
+"""Fields of the provenance that came after the first kernels had been signed."""
 
 
 class Provenance(BaseModel):
@@ -38,6 +77,22 @@ class Provenance(BaseModel):
     """Peak resident bytes of the build process."""
     parity_max_abs_diff: float = Field(default=0.0, ge=0)
     """Largest |eager - rebuilt from the artifact| over the parity batch."""
+    graph_sha256: str = Field(default="", max_length=64)
+    """Digest of the exported graph; empty where the pipeline exports none."""
+    graph_ops: int = Field(default=0, ge=0)
+    """ATen operations of the exported graph."""
+    joint_ops: int = Field(default=0, ge=0)
+    """ATen operations of forward and backward together; 0 where the kernel keeps statistics."""
+    graph_max_abs_diff: float = Field(default=0.0, ge=0)
+    """Largest |eager - exported graph| of outputs and all gradients over the parity batch."""
+    native: NativeFigures | None = None
+    """Unset where the pipeline compiles nothing."""
+
+    @model_serializer(mode="wrap")
+    def _sparing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out younger fields that say nothing: signatures from before them stay valid."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name not in _YOUNGER or value}
 
 
 class KernelManifest(BaseModel):

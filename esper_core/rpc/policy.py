@@ -32,6 +32,8 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "GetKernel": _ANYONE,
         "QueryKernels": _ANYONE,
         "StreamKernel": _ANYONE,
+        "UploadNative": _only("tezzeret"),
+        "StreamNative": _ANYONE,
         "UpdateKernelStatus": _only("urabrask", "operator"),
         "CollectGarbage": _only("operator"),
         "ImportLibrary": _only("operator"),
@@ -40,6 +42,7 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "SubmitBuild": _only("tolaria", "tamiyo", "karn", "operator"),
         "GetBuild": _ANYONE,
         "ListBuilds": _ANYONE,
+        "GetForgeStatus": _ANYONE,
     },
     "esper.urabrask.v1.UrabraskService": {
         "GetEvaluation": _ANYONE,

@@ -32,10 +32,12 @@ from esper_core.blueprint.ir import BlueprintIR
 from esper_core.bus.database import Connection, Pool
 from esper_core.errors import NotFound, Unsupported, nearest
 from esper_core.ids import content_id
+from esper_core.kernel.manifest import NativeFigures
 from services.tezzeret.toolchain import Toolchain
 
 PIPELINE = "standard"
-PIPELINES = (PIPELINE,)
+PIPELINES = ("fast", PIPELINE, "aggressive")
+"""Ever more is done to a kernel: built and compared; exported as a graph and compared; compiled for this machine."""
 ROWS = 64
 """Batch that memory is estimated for, and that native kernels are compiled for."""
 LEASE_SECONDS = 12.0
@@ -131,11 +133,16 @@ class Build(BaseModel):
     parameters: int = 0
     flops: int = 0
     memory_bytes: int = 0
+    native_ratio: float | None = None
+    """Native over eager seconds of a step; None where nothing was compiled."""
+    native_shipped: bool = False
+    note: str = ""
+    """Why the pipeline stopped short of what was asked, though the kernel is whole."""
 
 
 _FIELDS = """build_id, blueprint_id, blueprint_name, interface, interface_id, symbols, pipeline, state,
     coalesce(kernel_id, '') AS kernel_id, reason, attempts, failures, seconds, target, toolchain,
-    refusal, parameters, flops, memory_bytes"""
+    refusal, parameters, flops, memory_bytes, native_ratio, native_shipped, note"""
 
 
 def check_pipeline(name: str) -> None:
@@ -225,11 +232,24 @@ async def renew(pool: Pool, build_id: str, forge: str, lease_seconds: float = LE
 
 
 async def finish(
-    connection: Connection, build_id: str, forge: str, *, kernel_id: str, name: str, seconds: float
+    connection: Connection,
+    build_id: str,
+    forge: str,
+    *,
+    kernel_id: str,
+    name: str,
+    seconds: float,
+    native: NativeFigures | None = None,
 ) -> bool:
-    """Mark a claimed build DONE; False when the claim was lost."""
-    change = "state = 3, kernel_id = $3, blueprint_name = $4, seconds = $5, reason = ''"
-    return await _guarded(connection, f"{change}, {_FREE}", build_id, forge, kernel_id, name, seconds)
+    """Mark a claimed build DONE; False when the claim was lost.
+
+    ``native``: what came of compiling it, where that was tried; why it was not shipped becomes the build's note.
+    """
+    change = """state = 3, kernel_id = $3, blueprint_name = $4, seconds = $5, reason = '',
+        native_ratio = $6, native_shipped = $7, note = $8"""
+    ratio = native.step_ratio if native is not None and native.repetitions else None
+    outcome = (ratio, native is not None and native.shipped, native.reason if native is not None else "")
+    return await _guarded(connection, f"{change}, {_FREE}", build_id, forge, kernel_id, name, seconds, *outcome)
 
 
 async def fail(

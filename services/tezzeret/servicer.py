@@ -9,7 +9,7 @@ from esper_core.bus.database import Pool
 from esper_core.pb.esper.tezzeret.v1 import tezzeret_pb2, tezzeret_pb2_grpc
 from esper_core.rpc.convert import from_proto, to_proto
 from services import page
-from services.tezzeret import builds
+from services.tezzeret import builds, forges
 from services.tezzeret.builds import Build
 from services.tezzeret.orders import Orders
 
@@ -32,6 +32,11 @@ class TezzeretServicer(tezzeret_pb2_grpc.TezzeretServiceServicer):
 
     async def GetBuild(self, request: tezzeret_pb2.GetBuildRequest, _: Context) -> tezzeret_pb2.GetBuildResponse:
         return tezzeret_pb2.GetBuildResponse(build=_wire(await builds.get(self._database, request.build_id)))
+
+    async def GetForgeStatus(
+        self, _request: tezzeret_pb2.GetForgeStatusRequest, _: Context
+    ) -> tezzeret_pb2.GetForgeStatusResponse:
+        return await forges.status(self._database)
 
     async def ListBuilds(self, request: tezzeret_pb2.ListBuildsRequest, _: Context) -> tezzeret_pb2.ListBuildsResponse:
         found = await builds.newest(

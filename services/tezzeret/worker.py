@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,34 +21,44 @@ from esper_core.bus import subjects
 from esper_core.bus.database import Pool
 from esper_core.bus.envelope import wrap
 from esper_core.bus.outbox import enqueue
-from esper_core.errors import EsperError, Forbidden, InvalidInput, Unavailable, Unsupported, Untrusted
-from esper_core.ids import new_id
-from esper_core.kernel.manifest import KernelManifest
-from esper_core.kernel.sign import sign, statement
+from esper_core.errors import (
+    DeadlineExceeded,
+    EsperError,
+    Exhausted,
+    Forbidden,
+    Internal,
+    InvalidInput,
+    Unavailable,
+    Unsupported,
+    Untrusted,
+)
+from esper_core.ids import new_id, sha256
+from esper_core.kernel.manifest import KernelManifest, NativeFigures
+from esper_core.kernel.native import NativeRecord, convention
 from esper_core.pb.esper.bus.v1 import bus_pb2
-from esper_core.pb.esper.core.v1 import kernel_pb2
-from esper_core.pb.esper.urza.v1 import urza_pb2, urza_pb2_grpc
-from esper_core.rpc.convert import to_proto
+from esper_core.pb.esper.urza.v1 import urza_pb2_grpc
 from services.bell import Bell
 from services.child import WarmChild
 from services.lease import held
-from services.sandbox import Limits
+from services.sandbox import Job, Limits
 from services.tezzeret import builds
 from services.tezzeret.builds import Build, Estimate
 from services.tezzeret.designs import Designs
 from services.tezzeret.forges import BEAT_SECONDS, Forge
 from services.tezzeret.toolchain import here
+from services.tezzeret.upload import Upload
 
 PRINCIPAL = "tezzeret"
 NEWS = "tezzeret"
 MODULE = "services.tezzeret.forge"
 LIMITS = Limits(wall_seconds=120.0, cpu_seconds=120.0)
+COMPILER_MODULE = "services.tezzeret.native"
+COMPILER_LIMITS = Limits(wall_seconds=600.0, cpu_seconds=300.0, open_files=256)
+"""Compiling takes some 15 s of a core alone, and the C++ compiler's memory is its own."""
 MAX_FAILURES = 3
 RETRY_SECONDS = 0.5
 AWAY_SECONDS = 2.0
 """Pause while the library is away; such attempts do not count."""
-UPLOAD_SECONDS = 120.0
-CHUNK_BYTES = 128 * 1024
 REFUSED = (InvalidInput, Unsupported, Untrusted, Forbidden)
 """Trying again would end the same way."""
 
@@ -63,6 +72,8 @@ class Made:
     kernel_id: str
     interface_id: str
     blueprint_name: str
+    native: NativeFigures | None
+    """What came of compiling it; None where nobody tried."""
 
 
 class Worker:
@@ -88,12 +99,14 @@ class Worker:
         limits: Limits = LIMITS,
         lease_seconds: float = builds.LEASE_SECONDS,
     ) -> None:
-        self._database, self._bell, self._urza, self._designs, self._key = database, bell, urza, designs, key
+        self._database, self._bell, self._designs = database, bell, designs
+        self._upload = Upload(urza, key)
         self._lease = lease_seconds
         self._name = f"forge-{new_id()}"
         self._toolchain = here()
         self._forge = Forge(self._name, self._toolchain)
         self.child = WarmChild(MODULE, limits)
+        self.compiler = WarmChild(COMPILER_MODULE, COMPILER_LIMITS)
 
     async def run(self) -> None:
         """Work until cancelled, or until the platform begins to stop.
@@ -116,6 +129,7 @@ class Worker:
         finally:
             beating.cancel()
             await self.child.close()
+            await self.compiler.close()
             await builds.release(self._database, self._name)
             await self._forge.leave(self._database)
 
@@ -145,40 +159,44 @@ class Worker:
         if not build.parameters:
             estimate = Estimate.of(design, build.interface, build.symbols)
             await builds.note_estimate(self._database, build.build_id, self._name, estimate)
-        path = self.child.scratch / build.build_id
         job = {
-            "do": "forge",
             "blueprint": design.model_dump(mode="json"),
             "interface": build.interface.model_dump(mode="json"),
             "symbols": dict(build.symbols),
             "pipeline": build.pipeline,
             "seed": seed_of(build.build_id),
-            "blob": str(path),
         }
-        try:
-            answer = await self.child.ask(job)
-            blob = await asyncio.to_thread(path.read_bytes)
-        finally:
-            path.unlink(missing_ok=True)
+        answer, blob = await _forged(self.child, {**job, "do": "forge"}, "blob", build.build_id)
+        assert blob is not None  # noqa: S101 - the forge answers only when it has written it
         manifest = KernelManifest.model_validate(answer["manifest"])
-        kernel_id = await self._upload(manifest, blob)
-        return Made(kernel_id, manifest.interface_id, design.name)
+        figures, native = None, None
+        if build.pipeline == "aggressive":
+            figures, native = await self._compile(job, build.build_id)
+            manifest = _with_figures(manifest, figures)
+        kernel_id = await self._upload.kernel(manifest, blob)
+        if figures is not None and native is not None:
+            await self._upload.native(self._record(kernel_id, figures, native), native)
+        return Made(kernel_id, manifest.interface_id, design.name, figures)
 
-    async def _upload(self, manifest: KernelManifest, blob: bytes) -> str:
-        key = await asyncio.to_thread(self._key.read_bytes)
-        attestation = sign(statement(manifest, "build", manifest.provenance.model_dump(mode="json")), key)
-        header = urza_pb2.KernelHeader(
-            manifest=to_proto(manifest, kernel_pb2.KernelManifest),
-            attestation=to_proto(attestation, kernel_pb2.Attestation),
+    async def _compile(self, job: Job, build_id: str) -> tuple[NativeFigures, bytes | None]:
+        """What came of compiling natively; a compiler that fails or dies leaves the kernel as it is."""
+        order = {**job, "do": "native", "rows": builds.ROWS}
+        try:
+            answer, native = await _forged(self.compiler, order, "native", build_id)
+        except (DeadlineExceeded, Exhausted, Internal) as error:
+            return NativeFigures(rows=builds.ROWS, reason=error.message[:200]), None
+        return NativeFigures.model_validate(answer["figures"]), native
+
+    def _record(self, kernel_id: str, figures: NativeFigures, native: bytes) -> NativeRecord:
+        return NativeRecord(
+            kernel_id=kernel_id,
+            target=self._toolchain.target,
+            toolchain=convention(),
+            blob_sha256=sha256(native),
+            blob_bytes=len(native),
+            rows=figures.rows,
+            step_ratio=figures.step_ratio,
         )
-
-        async def parts() -> AsyncIterator[urza_pb2.UploadKernelRequest]:
-            yield urza_pb2.UploadKernelRequest(header=header)
-            for start in range(0, len(blob), CHUNK_BYTES):
-                yield urza_pb2.UploadKernelRequest(chunk=blob[start : start + CHUNK_BYTES])
-
-        stored: urza_pb2.UploadKernelResponse = await self._urza.UploadKernel(parts(), timeout=UPLOAD_SECONDS)
-        return stored.kernel_id
 
     async def _announce(self, build: Build, made: Made, seconds: float) -> None:
         ready = bus_pb2.KernelReady(
@@ -193,6 +211,7 @@ class Worker:
                 kernel_id=made.kernel_id,
                 name=made.blueprint_name,
                 seconds=seconds,
+                native=made.native,
             )
             if done:
                 await enqueue(connection, subjects.KERNEL_READY.of(), envelope)
@@ -214,6 +233,21 @@ class Worker:
         await builds.postpone(
             self._database, build.build_id, self._name, reason=reason, delay_seconds=pause, counts=not away
         )
+
+
+async def _forged(child: WarmChild, order: Job, what: str, build_id: str) -> tuple[Job, bytes | None]:
+    """The child's answer to ``order`` and the file that it wrote, if it wrote one; ``what`` is the path's name in the job."""
+    path = child.scratch / f"{build_id}.{what}"
+    try:
+        answer = await child.ask({**order, what: str(path)})
+        return answer, await asyncio.to_thread(path.read_bytes) if path.exists() else None
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _with_figures(manifest: KernelManifest, figures: NativeFigures) -> KernelManifest:
+    provenance = manifest.provenance.model_copy(update={"native": figures})
+    return manifest.model_copy(update={"provenance": provenance})
 
 
 def seed_of(build_id: str) -> int:

@@ -163,6 +163,11 @@ class MorphogeneticConfig(Section):
     decision_wait_seconds: float = Field(
         1.0, ge=0, le=60, description="how long an epoch boundary may wait for Tamiyo's answer or a kernel's bytes"
     )
+    native: Literal["off", "trusted"] = Field(
+        "off",
+        description="trusted: run compiled code that the forge signed for this machine and torch, where it is faster; loading "
+        "it is executing it, and results then equal the eager ones up to rounding",
+    )
     growth: GrowthSettings = Field(default_factory=GrowthSettings, description="thresholds and durations of growth")
     carve: CarveSettings = Field(
         default_factory=CarveSettings, description="whether and how what no longer pays is taken out; off by default"

@@ -124,7 +124,13 @@ class Online:
         cache = KernelCache(config.morphogenetic.growth.cache_bytes)
         self._controller = RemoteController(self.link, wait)
         self.controller: Controller | None = self._controller
-        self.source: KernelSource | None = RemoteKernels(self.link, endpoints.keys_dir / "trust.json", cache, wait)
+        self.source: KernelSource | None = RemoteKernels(
+            self.link,
+            endpoints.keys_dir / "trust.json",
+            cache,
+            wait,
+            native=config.morphogenetic.native == "trusted",
+        )
         self.link.start()
 
     def orders(self) -> list[Command]:

@@ -29,11 +29,13 @@ from esper_core.kernel.record import KernelRecord, KernelStatus
 from esper_core.kernel.trust import TrustList, verify_kernel
 from esper_core.log import get
 from esper_core.nn.cache import KernelCache
+from esper_core.nn.native import Native
 from esper_core.pb.esper.core.v1 import telemetry_pb2
 from esper_core.pb.esper.tamiyo.v1 import tamiyo_pb2, tamiyo_pb2_grpc
 from esper_core.pb.esper.urza.v1 import urza_pb2, urza_pb2_grpc
 from esper_core.rpc.convert import from_proto, to_proto
 from services.tolaria.link import Link
+from services.tolaria.native import native_of
 
 log = get(__name__)
 STEP_SECONDS = 1.0
@@ -109,14 +111,19 @@ class RemoteKernels:
         trust_path: the trust list.
         cache: where verified weights are kept.
         wait_seconds: how long a boundary may wait for a kernel that is on its way.
+        native: whether code that the forge has compiled and signed may be loaded into this process.
     """
 
-    def __init__(self, link: Link, trust_path: Path, cache: KernelCache, wait_seconds: float) -> None:
+    def __init__(
+        self, link: Link, trust_path: Path, cache: KernelCache, wait_seconds: float, *, native: bool = False
+    ) -> None:
         self._link = link
         self._trust_path = trust_path
         self._cache = cache
         self._wait = wait_seconds
         self._fetching: dict[str, concurrent.futures.Future[KernelManifest]] = {}
+        self._native = native
+        self._natives: dict[str, Native] = {}
 
     def candidates(self, interface: SlotInterface) -> tuple[KernelCandidate, ...]:  # noqa: ARG002 - Tamiyo asks the library
         """None of its own."""
@@ -148,7 +155,8 @@ class RemoteKernels:
         if weights is None:  # made room for others since
             del self._fetching[kernel_id]
             return None
-        return LoadedKernel(kernel_id, manifest.blueprint, manifest.interface, manifest.symbols, weights)
+        native = self._natives.get(kernel_id)
+        return LoadedKernel(kernel_id, manifest.blueprint, manifest.interface, manifest.symbols, weights, native)
 
     async def _fetch(self, kernel_id: str) -> KernelManifest:
         """Stream, check and cache one kernel, going on from where a broken stream ended, for as long as it takes."""
@@ -169,6 +177,11 @@ class RemoteKernels:
                 if damaged >= DAMAGED_TRIES:
                     raise
         self._cache.put(kernel_id, unpack(bytes(blob), manifest))
+        figures = manifest.provenance.native
+        if self._native and figures is not None and figures.shipped and kernel_id not in self._natives:
+            native = await native_of(self._link, self._trust_path, kernel_id)
+            if native is not None:
+                self._natives[kernel_id] = native
         return manifest
 
     async def _stream(self, kernel_id: str, blob: bytearray) -> KernelManifest:

@@ -9,13 +9,20 @@ bytes travel.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from esper_core.bus.database import Connection, Pool
 from esper_core.errors import Unavailable
+from esper_core.ids import sha256
+from esper_core.store.blobs import Blobs
 
+T = TypeVar("T")
 LIVE, DOOMED, DELETED, GONE = 1, 2, 3, 4
 ATTEMPTS = 5
+_UNNEEDED = """NOT EXISTS (SELECT FROM urza.kernels k WHERE k.blob_sha256 = c.blob_sha256)
+               AND NOT EXISTS (SELECT FROM urza.natives n WHERE n.blob_sha256 = c.blob_sha256)"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,22 @@ class Copies:
 
     def __init__(self, database: Pool) -> None:
         self._database = database
+
+    async def store(self, blobs: Blobs, blob: bytes, write: Callable[[Connection], Awaitable[T]]) -> T:
+        """Keep bytes, and in the same transaction the row that needs them; what ``write`` gives.
+
+        Raises:
+            Unavailable: the blob store is away, or the blob is doomed as often as it is written.
+        """
+        digest = sha256(blob)
+        for _ in range(ATTEMPTS):
+            copy = await self.claim(digest, len(blob))
+            await blobs.put(blob, copy.number)
+            async with self._database.acquire() as connection, connection.transaction():
+                if await self.hold(connection, copy):
+                    return await write(connection)
+            await blobs.delete(digest, copy.number)  # it was doomed while the bytes travelled
+        raise Unavailable(f"blob {digest} is being deleted again and again", hint="store it again later")
 
     async def claim(self, digest: str, size: int) -> Copy:
         """The live copy of a blob, on record before anything is written.
@@ -72,11 +95,10 @@ class Copies:
         return found is not None
 
     async def unneeded(self, after: str, most: int) -> list[Copy]:
-        """Live copies of blobs that no kernel has, by digest from ``after`` on; may have changed by the time one looks."""
+        """Live copies of blobs that nothing needs, by digest from ``after`` on; may have changed by the time one looks."""
         return await self._some(
-            """SELECT blob_sha256, number, blob_bytes FROM urza.copies c WHERE state = 1 AND blob_sha256 > $1
-               AND NOT EXISTS (SELECT FROM urza.kernels k WHERE k.blob_sha256 = c.blob_sha256)
-               ORDER BY blob_sha256 LIMIT $2""",
+            f"""SELECT blob_sha256, number, blob_bytes FROM urza.copies c WHERE state = 1 AND blob_sha256 > $1
+               AND {_UNNEEDED} ORDER BY blob_sha256 LIMIT $2""",  # noqa: S608
             after,
             most,
         )
@@ -88,15 +110,15 @@ class Copies:
         )
 
     async def doom(self, copy: Copy) -> bool:
-        """Decide, for ever, that ``copy`` goes; False when a kernel needs it after all."""
+        """Decide, for ever, that ``copy`` goes; False when something needs it after all."""
         async with self._database.acquire() as connection, connection.transaction():
             # first wait for whoever holds it, then look what was written: one statement would look and then wait
             await connection.execute(
                 "SELECT FROM urza.copies WHERE blob_sha256 = $1 AND number = $2 FOR UPDATE", copy.digest, copy.number
             )
             done = await connection.execute(
-                """UPDATE urza.copies c SET state = 2 WHERE blob_sha256 = $1 AND number = $2 AND state = 1
-                   AND NOT EXISTS (SELECT FROM urza.kernels k WHERE k.blob_sha256 = c.blob_sha256)""",
+                f"""UPDATE urza.copies c SET state = 2 WHERE blob_sha256 = $1 AND number = $2 AND state = 1
+                   AND {_UNNEEDED}""",  # noqa: S608
                 copy.digest,
                 copy.number,
             )

@@ -16,7 +16,7 @@ import asyncpg
 
 from esper_core.blueprint.analyse import analyse
 from esper_core.bus.database import Connection, Pool
-from esper_core.errors import Conflict, Corrupt, InvalidInput, NotFound, Unavailable
+from esper_core.errors import Conflict, Corrupt, InvalidInput, NotFound
 from esper_core.ids import sha256
 from esper_core.kernel.manifest import KernelManifest
 from esper_core.kernel.record import KernelRecord, KernelStatus
@@ -24,7 +24,7 @@ from esper_core.kernel.sign import Attestation
 from esper_core.kernel.trust import TrustList, verify_statement
 from esper_core.store.blobs import Blobs
 from services.urza.blueprints import SHORTEST_PREFIX
-from services.urza.copies import ATTEMPTS, Copies
+from services.urza.copies import Copies
 from services.urza.query import Place, Query, classes, value_column
 from services.urza.records import KERNEL, attest, kernel
 from services.urza.usage import Usage, usage
@@ -123,17 +123,14 @@ class Library:
                 f"{manifest.blob_bytes} with {manifest.blob_sha256[:12]}…",
                 hint="upload it again",
             )
-        for _ in range(ATTEMPTS):
-            copy = await self._copies.claim(manifest.blob_sha256, len(blob))
-            await self._blobs.put(blob, copy.number)
-            async with self._database.acquire() as connection, connection.transaction():
-                if await self._copies.hold(connection, copy):
-                    created = await _insert(connection, manifest, attestation, created_by)
-                    if created and settle is not None:
-                        await settle(connection)
-                    return created
-            await self._blobs.delete(copy.digest, copy.number)  # it was doomed while the bytes travelled
-        raise Unavailable(f"blob {manifest.blob_sha256} is being deleted again and again", hint="upload it again later")
+
+        async def write(connection: Connection) -> bool:
+            created = await _insert(connection, manifest, attestation, created_by)
+            if created and settle is not None:
+                await settle(connection)
+            return created
+
+        return await self._copies.store(self._blobs, blob, write)
 
     async def get(self, wanted: str) -> Kept:
         """The kernel of that id or prefix.

@@ -13,6 +13,7 @@ from services.runtime import Platform, Service
 from services.urza.blueprints import Blueprints
 from services.urza.imports import Imports
 from services.urza.library import Library
+from services.urza.native import Natives
 from services.urza.retention import Retention
 from services.urza.servicer import UrzaServicer
 from services.urza.usage import Field
@@ -48,5 +49,6 @@ async def build(platform: Platform) -> Service:
         Retention(platform.database, platform.blobs),
         field,
         Imports(platform.database, blueprints, library, trust),
+        Natives(platform.database, platform.blobs, trust),
     )
     return Service(NAME, (ServedService(SERVICE, register, servicer),), (reports,))

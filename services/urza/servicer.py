@@ -24,6 +24,7 @@ from services.urza.blueprints import Blueprints
 from services.urza.imports import Imports
 from services.urza.library import Library
 from services.urza.lineage import LIMIT, lineage
+from services.urza.native import Natives, NativeServing
 from services.urza.retention import KEEP_UNUSED, Retention
 from services.urza.usage import READER, Field
 from services.urza.verdicts import Verdict, Verdicts
@@ -35,7 +36,7 @@ PAGE_BYTES = 3 * 1024 * 1024
 Context = grpc.aio.ServicerContext[object, object]
 
 
-class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
+class UrzaServicer(NativeServing, urza_pb2_grpc.UrzaServiceServicer):
     """See ``protos/esper/urza/v1/urza.proto`` for what each call promises."""
 
     def __init__(
@@ -47,6 +48,7 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         retention: Retention,
         field: Field,
         imports: Imports,
+        natives: Natives,
     ) -> None:
         self._database = database
         self._blueprints = blueprints
@@ -55,6 +57,7 @@ class UrzaServicer(urza_pb2_grpc.UrzaServiceServicer):
         self._retention = retention
         self._field = field
         self._imports = imports
+        self.natives = natives
 
     async def UploadBlueprint(
         self, request: urza_pb2.UploadBlueprintRequest, _: Context

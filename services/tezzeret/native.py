@@ -1,0 +1,189 @@
+"""Natively compiled kernels, in a child process: forward and backward as shared objects, and whether they pay.
+
+The joint graph of forward and backward is traced once, cut where the least has to be kept between the two, and each half
+is compiled ahead of time by AOTInductor (torch's own; it runs the machine's C++ compiler). Algorithm of the cut: torch's
+min-cut rematerialisation partitioner. Whether the result is worth shipping is measured here, against the eager module, on
+the machine that it is for. Knows no key and no network.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from esper_core.blueprint.build import KernelModule, build, example_input
+from esper_core.blueprint.interface import SlotInterface
+from esper_core.blueprint.ir import BlueprintIR
+from esper_core.errors import EsperError, Unsupported
+from esper_core.kernel.manifest import NativeFigures
+from esper_core.nn.native import PARITY_LIMIT, Layout, Native, Place, pack, parity
+from services.sandbox import Job, serve
+from services.tezzeret.graph import joint
+
+ROUNDS = 15
+BLOCK_SECONDS = 0.02
+PAYS = 0.97
+"""A native step must take less than this share of an eager one to be shipped: below what noise does to a median."""
+
+
+def compile_native(job: Job) -> Job:
+    """Compile one kernel, compare and time it, and write its native part to ``job["native"]`` where that pays.
+
+    Args:
+        job: ``blueprint``, ``interface``, ``symbols``, ``seed``, ``rows`` and ``native``, the path to write to.
+
+    Returns:
+        ``{"figures": NativeFigures}``; a kernel that cannot be compiled has a reason there, not an error.
+    """
+    ir = BlueprintIR.model_validate(job["blueprint"])
+    interface = SlotInterface.model_validate(job["interface"])
+    module = build(ir, interface, job["symbols"], job["seed"])
+    started = time.perf_counter()
+    try:
+        blob = compiled(module, example_input(interface, job["rows"], seed=0))
+    except EsperError as error:
+        figures = NativeFigures(rows=job["rows"], reason=error.message[:200])
+        return {"figures": figures.model_dump(mode="json")}
+    figures = _judged(blob, module, job["rows"], time.perf_counter() - started)
+    if figures.shipped:
+        Path(job["native"]).write_bytes(blob)
+    return {"figures": figures.model_dump(mode="json")}
+
+
+def compiled(module: KernelModule, x: Tensor) -> bytes:
+    """The native part of ``module`` for batches like ``x``.
+
+    Raises:
+        Unsupported: it keeps statistics, or torch's compiler does not take its graph.
+    """
+    if any(True for _ in module.buffers()):
+        raise Unsupported("it keeps statistics of its batches, which compiled code would not update")
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    inputs = [x, *(parameter.detach() for parameter in module.parameters())]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            forward, backward = min_cut_rematerialization_partition(joint(module, x), None, num_fwd_outputs=1)
+            kept = _spare_inputs(forward)
+            with torch.no_grad():
+                outputs: Sequence[Tensor] = forward(*inputs)
+                leaving = outputs[0]
+                given = [inputs[-1 - k] if k < 0 else outputs[1 + k] for k in kept]
+                halves = [
+                    _compile(half, arguments, Path(folder) / name)
+                    for name, half, arguments in (
+                        ("forward.pt2", forward, inputs),
+                        ("backward.pt2", backward, [*given, torch.ones_like(leaving)]),
+                    )
+                ]
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+            raise Unsupported(f"torch does not compile it: {str(error).splitlines()[0][:160]}") from error
+    layout = Layout(
+        entering=Place.of(x),
+        parameters=tuple((name, Place.of(parameter)) for name, parameter in module.named_parameters()),
+        leaving=Place.of(leaving),
+        kept=tuple(kept),
+        forward_bytes=len(halves[0]),
+        backward_bytes=len(halves[1]),
+    )
+    return pack(layout, *halves)
+
+
+def _spare_inputs(forward: fx.GraphModule) -> list[int]:
+    """Have the forward half no longer give back what it was given; where each kept value comes from, as ``Layout.kept``."""
+    placeholders = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    output = next(node for node in forward.graph.nodes if node.op == "output")
+    leaving, *kept = output.args[0]
+    sources: list[int] = []
+    values: list[Any] = []
+    for value in kept:
+        if value in placeholders:
+            sources.append(-1 - placeholders.index(value))
+        else:
+            sources.append(len(values))
+            values.append(value)
+    output.args = ((leaving, *values),)
+    forward.graph.lint()
+    forward.recompile()
+    return sources
+
+
+def _compile(half: fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> bytes:
+    from torch._inductor import aoti_compile_and_package, config
+
+    config.compile_threads = 1
+    program = torch.export.export(half, tuple(arguments))
+    aoti_compile_and_package(program, package_path=str(path))
+    return path.read_bytes()
+
+
+def _judged(blob: bytes, module: KernelModule, rows: int, seconds: float) -> NativeFigures:
+    began = time.perf_counter()
+    native = Native(blob)
+    loaded = time.perf_counter()
+    x = torch.randn(native.layout.entering.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    inputs = [x, *module.parameters()]
+    _step(native.run(inputs), inputs)
+    first = time.perf_counter()
+    difference = parity(native, module)
+    forward, step = _ratios(native, module, inputs)
+    right = difference <= PARITY_LIMIT
+    pays = step < PAYS
+    reason = "" if right and pays else f"a step takes {step:.2f} of an eager one" if right else "it differs from eager"
+    return NativeFigures(
+        rows=rows,
+        build_seconds=seconds,
+        load_seconds=loaded - began,
+        first_call_seconds=first - loaded,
+        forward_ratio=forward,
+        step_ratio=step,
+        repetitions=ROUNDS,
+        parity=min(difference, 1e30) if difference == difference else 1e30,
+        shipped=right and pays,
+        reason=reason,
+    )
+
+
+def _ratios(native: Native, module: KernelModule, inputs: Sequence[Tensor]) -> tuple[float, float]:
+    """Median over rounds of native over eager seconds: forward, and forward with backward."""
+
+    def timed(work: Callable[[], object], times: int) -> float:
+        began = time.process_time()
+        for _ in range(times):
+            work()
+        return time.process_time() - began
+
+    pairs: tuple[tuple[Callable[[], Any], Callable[[], Any]], ...] = (
+        (torch.no_grad()(lambda: native.run(inputs)), torch.no_grad()(lambda: module(inputs[0]))),
+        (lambda: _step(native.run(inputs), inputs), lambda: _step(module(inputs[0]), inputs)),
+    )
+    found = []
+    for ours, eager in pairs:
+        timed(ours, 3)
+        times = max(1, round(BLOCK_SECONDS / max(timed(eager, 3) / 3, 1e-7)))
+        rounds = []
+        for number in range(ROUNDS):
+            order = (ours, eager) if number % 2 else (eager, ours)
+            taken = {work: timed(work, times) for work in order}
+            rounds.append(taken[ours] / max(taken[eager], 1e-9))
+        found.append(statistics.median(rounds))
+    return found[0], found[1]
+
+
+def _step(y: Tensor, inputs: Sequence[Tensor]) -> None:
+    torch.autograd.grad(y, list(inputs), torch.ones_like(y))
+
+
+if __name__ == "__main__":
+    # Or the first use of the compiler spends seconds finding out by trial what the processor's flags say already.
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+    torch.set_num_threads(1)
+    serve({"native": compile_native})

@@ -1,0 +1,157 @@
+"""Compiled code in the place of a module's own forward: equal gradients, never given what it was not compiled for.
+
+One kernel is compiled, really, for all tests here; that takes most of their time.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from esper_core.blueprint.build import KernelModule, build, example_input
+from esper_core.blueprint.catalogue import catalogue
+from esper_core.blueprint.interface import Layout as SlotLayout
+from esper_core.blueprint.interface import SlotInterface
+from esper_core.errors import Corrupt
+from esper_core.nn.graft import Graft
+from esper_core.nn.native import PARITY_LIMIT, Native, pack, parity, unpack
+
+ROWS = 16
+SLOT = SlotInterface(layout=SlotLayout.FEATURES, in_width=12, out_width=7, hidden_width=3, activation="relu")
+
+
+def kernel(seed: int = 0, width: int = 5) -> KernelModule:
+    """Awake: no parameter is zero."""
+    module = build(catalogue()["bottleneck_mlp"], SLOT, {"width": width}, seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    return module
+
+
+@pytest.fixture(scope="module")
+def blob(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes]:
+    """The native part of ``kernel()``, whatever its weights are."""
+    from services.tezzeret.native import compiled
+
+    settings = {"TORCHINDUCTOR_VEC_ISA_OK": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's own
+            yield compiled(kernel(), example_input(SLOT, ROWS, seed=0))
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    y = module(x)
+    weight = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+    return [y.detach(), *torch.autograd.grad((y * weight).sum(), [x, *module.parameters()])]
+
+
+def test_outputs_and_every_gradient_equal_the_eager_ones_while_it_trains(blob: bytes) -> None:
+    native, eager, ours = Native(blob), kernel(), kernel()
+    assert 0 <= parity(native, ours) <= PARITY_LIMIT
+    native.attach(ours)
+    before = native.calls
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (eager, ours)]
+    for number in range(5):
+        x = example_input(SLOT, ROWS, seed=number)
+        for a, b in zip(gradients(eager, x), gradients(ours, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        for module, optimizer in zip((eager, ours), optimizers, strict=True):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+    assert native.calls - before == 10
+    assert native.declined == 0
+    for a, b in zip(eager.parameters(), ours.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_it_was_not_compiled_for_is_computed_by_the_module(blob: bytes) -> None:
+    native, eager, ours = Native(blob), kernel(), kernel()
+    native.attach(ours)
+    calls = native.calls
+    x = example_input(SLOT, ROWS, seed=3)
+    fewer, turned = x[:-1], x.t().contiguous().t()
+    assert turned.stride() != x.stride()
+    for declined, other in enumerate((fewer, torch.cat((x, x)), turned), start=1):
+        assert torch.equal(ours(other), eager(other))
+        assert native.declined == declined
+    eager.double(), ours.double()
+    assert torch.equal(ours(x.double()), eager(x.double()))
+    eager.float(), ours.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+    ours.get_submodule("A").weight = nn.Parameter(
+        torch.randn(5, 12).t().contiguous().t()
+    )  # the same shape, other strides
+    ours(x)
+    assert native.declined == 6
+    assert native.calls == calls
+
+
+def test_it_is_only_attached_to_a_module_that_it_computes(blob: bytes) -> None:
+    native = Native(blob)
+    with pytest.raises(Corrupt, match="another module"):
+        native.attach(kernel(width=6))
+    other = build(catalogue()["bottleneck_mlp"], SLOT.model_copy(update={"activation": "tanh"}), {"width": 5})
+    with pytest.raises(Corrupt, match="differs"):
+        native.attach(other)
+    assert "forward" not in vars(other)
+
+
+def test_a_graft_and_copies_of_its_kernel_run_natively(blob: bytes) -> None:
+    native, module = Native(blob), kernel()
+    native.attach(module)
+    source, sink = nn.Linear(12, 12), nn.Linear(12, 7)
+    graft = Graft(source, sink, module, like=sink.weight)
+    graft.attach()
+    graft.alpha.fill_(1.0)
+    x, calls = example_input(SLOT, ROWS, seed=1), native.calls
+    blended = sink(source(x))
+    assert native.calls == calls + 1
+    torch.testing.assert_close(blended, nn.functional.linear(source.forward(x), sink.weight, sink.bias) + module(x))
+    again = copy.deepcopy(module)
+    torch.testing.assert_close(again(x), module(x), rtol=0, atol=0)
+    assert native.calls == calls + 4
+    with torch.no_grad():
+        again.get_parameter("B.bias").add_(1.0)
+    assert not torch.equal(again(x), module(x))
+
+
+def test_gradients_of_gradients_are_refused_rather_than_wrong(blob: bytes) -> None:
+    module = kernel()
+    Native(blob).attach(module)
+    x = example_input(SLOT, ROWS, seed=1).requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_a_damaged_blob_is_refused(blob: bytes) -> None:
+    layout, forward, backward = unpack(blob)
+    assert pack(layout, forward, backward) == blob
+    for broken in (b"", b"x" + blob, blob[:-1], blob + b"x", blob[:12] + b"\xff\xff\xff\xff" + blob[16:]):
+        with pytest.raises(Corrupt):
+            unpack(broken)
+    with pytest.raises(Corrupt):
+        unpack(blob[:16] + b"[" + blob[17:])
+    short = layout.model_copy(update={"forward_bytes": 100, "backward_bytes": 100})
+    with pytest.raises(Corrupt, match="cannot be loaded"):
+        Native(pack(short, forward[:100], backward[:100]))
