@@ -24,12 +24,14 @@ from esper_core.config import Endpoints
 from esper_core.errors import Conflict, Forbidden, NotFound, Unavailable
 from esper_core.ids import sha256
 from esper_core.kernel.manifest import KernelManifest, Provenance
+from esper_core.kernel.native import NativeRecord, native_statement
 from esper_core.kernel.record import KernelStatus
 from esper_core.kernel.sign import generate_key, sign, statement
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.store.blobs import Blobs
 from services.urza.blueprints import Blueprints
 from services.urza.library import Library
+from services.urza.native import Natives
 from services.urza.retention import Progress, Retention
 from services.urza.usage import Field
 from tests.service.innovation import collector
@@ -108,7 +110,9 @@ async def pool(stack: Endpoints) -> AsyncIterator[Pool]:
 
 @pytest.fixture
 async def shelf(stack: Endpoints, bucket: Endpoints, pool: Pool) -> AsyncIterator[Shelf]:
-    await pool.execute("TRUNCATE urza.kernels, urza.attestations, urza.usage, urza.tombstones, urza.copies")
+    await pool.execute(
+        "TRUNCATE urza.kernels, urza.attestations, urza.usage, urza.tombstones, urza.copies, urza.natives"
+    )
     own = await pool.fetchval("SELECT current_database()")
     dsn = stack.postgres_dsn.get_secret_value().replace("/esper?", f"/{own}?")
     async with await Blobs.open(bucket) as blobs:
@@ -138,6 +142,25 @@ async def test_the_unfit_and_the_unused_are_forgotten_and_the_rest_stays(shelf: 
         await shelf.library.get(bad.kernel_id)
     assert (await Blueprints(shelf.pool).get(bad.blueprint_id)).blueprint == bad.blueprint
     assert (await shelf.collect(1)).forgotten == 0
+
+
+async def test_a_native_part_lives_and_goes_with_its_kernel(shelf: Shelf) -> None:
+    code = b"native code"
+    natives = Natives(shelf.pool, shelf.blobs, shelf.endpoints.keys_dir / "trust.json")
+    kernel = await shelf.put(0, b"weights")
+    about = {"kernel_id": kernel.kernel_id, "target": "cpu", "toolchain": "torch/1", "rows": 64, "step_ratio": 0.5}
+    record = NativeRecord(blob_sha256=sha256(code), blob_bytes=len(code), **about)
+    assert await natives.put(record, sign(native_statement(record), KEY), code, "tezzeret")
+    await Field(shelf.pool).fetched(kernel.kernel_id)
+    await shelf.collect()
+    assert (await natives.get(kernel.kernel_id, "cpu", "torch/1"))[2] == code
+    await shelf.set(kernel, KernelStatus.REJECTED)
+    foreseen = await Retention(shelf.pool, shelf.blobs).foresee(0)
+    assert (foreseen.blobs, foreseen.bytes) == (2, len(code) + len(b"weights"))
+    await shelf.collect()
+    assert await shelf.keys() == set()
+    with pytest.raises(NotFound):
+        await natives.get(kernel.kernel_id, "cpu", "torch/1")
 
 
 async def test_who_was_judged_stays_away_and_who_was_idle_may_come_back(shelf: Shelf) -> None:
