@@ -13,7 +13,7 @@ PROTOS := $(shell find protos -name '*.proto') protos/generate.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup proto up down status demo test check bench bench-exec bench-growth clean
+.PHONY: help setup proto up down status demo demo-invent test check bench bench-exec bench-growth clean
 
 help: ## What can be typed here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -47,6 +47,9 @@ status: $(READY) ## How it is
 
 demo: $(READY) $(STUBS) ## Start everything, grow a network on real data, show what it brought
 	@sh deploy/demo.sh $(BIN)/esperctl
+
+demo-invent: $(READY) $(STUBS) ## Let Karn invent kernels for a network that trains, and see one become part of it
+	@$(BIN)/python deploy/invent.py $(BIN)/esperctl
 
 test: $(READY) $(STUBS) ## Run the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile

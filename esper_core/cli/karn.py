@@ -29,7 +29,7 @@ from esper_core.cli.output import (
     words,
 )  # fmt: skip
 from esper_core.cli.resolve import LATEST, run_of
-from esper_core.errors import Conflict, InvalidInput
+from esper_core.errors import Conflict, InvalidInput, nearest
 from esper_core.pb.esper.core.v1 import blueprint_pb2
 from esper_core.pb.esper.karn.v1 import karn_pb2
 
@@ -62,6 +62,7 @@ async def run_search(
         int, typer.Option("--population", "-p", min=1, max=256, help="Proposals per generation.")
     ] = 8,
     run: Annotated[str | None, typer.Option("--run", help="For the slots of this run, or of the latest.")] = None,
+    slot: Annotated[list[str] | None, typer.Option("--slot", help="Only for this slot of it; may be repeated.")] = None,
     interface: InterfaceOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of its chance; 0 draws one.")] = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Only start it; see `esperctl karn watch`.")] = False,
@@ -71,12 +72,12 @@ async def run_search(
     Without --run or --interface for every slot interface known. The search belongs to the platform: it goes on when this
     command ends, and after a restart. With -o json one line per news.
 
-    Example:  esperctl karn run --generations 20 --run latest
+    Example:  esperctl karn run --generations 20 --run latest --slot fc2:fc3
 
     Example:  esperctl karn run -g 5 -p 4 --interface interface-3f0c1ab2
     """
     async with call.platform() as platform:
-        wanted = await _wanted(platform, run, interface)
+        wanted = await _wanted(platform, run, slot or [], interface)
         begin = karn_pb2.StartSearchRequest(
             interface_ids=wanted, generations=generations, population=population, seed=seed
         )
@@ -239,21 +240,25 @@ def proposals_table(proposals: Any, empty: str) -> RenderableType:
     return table(("DESIGN", "STATE", "BY", ">EXPECTED", ">WORTH", ">UNITS", "*WHY"), rows, empty=empty)
 
 
-async def _wanted(platform: Platform, run: str | None, interface: str | None) -> list[str]:
+async def _wanted(platform: Platform, run: str | None, slots: list[str], interface: str | None) -> list[str]:
     """Ids of the interfaces to search for; none means all."""
-    if run is not None and interface is not None:
-        raise InvalidInput("--run and --interface exclude each other", hint="leave one of them out")
+    if interface is not None and (run is not None or slots):
+        raise InvalidInput("--interface stands alone", hint="leave --run and --slot out")
     if interface is not None:
         return [interface]
-    if run is None:
+    if run is None and not slots:
         return []
     from esper_core.blueprint.interface import SlotInterface
     from esper_core.rpc.convert import from_proto
 
-    found = await run_of(platform, run)
+    found = await run_of(platform, run or LATEST)
     if not found.slots:
         raise Conflict(f"run {found.run_id} offers no slots", hint=NOTHING)
-    return list(dict.fromkeys(from_proto(slot.interface, SlotInterface).id for slot in found.slots))
+    offered = {slot.slot: slot.interface for slot in found.slots}
+    for slot in slots:
+        if slot not in offered:
+            raise InvalidInput(f"run {found.run_id} has no slot {slot!r}", hint=nearest(slot, offered))
+    return list(dict.fromkeys(from_proto(offered[slot], SlotInterface).id for slot in slots or offered))
 
 
 async def _follow(call: Invocation, platform: Platform, search_id: str) -> None:
