@@ -111,7 +111,9 @@ class Maker:
 
 async def forget_everything(stage: Stage) -> None:
     """As if the file came to another library."""
-    await stage.database.execute("TRUNCATE urza.kernels, urza.attestations, urza.usage, urza.tombstones, urza.copies")
+    await stage.database.execute(
+        "TRUNCATE urza.kernels, urza.natives, urza.attestations, urza.usage, urza.tombstones, urza.copies"
+    )
     await stage.database.execute("DELETE FROM urza.lineage")
     await stage.database.execute("DELETE FROM urza.blueprints WHERE created_by <> 'catalogue'")
 
