@@ -245,7 +245,7 @@ def _usage(usage: urza_pb2.KernelUsage) -> RenderableType:
     contribution = f"{number(usage.contribution)} in loss, on average" if usage.HasField("contribution") else None
     return fields(
         [
-            ("fetched", f"{usage.streams:,} times by runs"), ("grafts", grafts), ("contribution", contribution),
+            ("fetched by runs", f"{usage.streams:,}"), ("grafts", grafts), ("contribution", contribution),
             ("interest", usage.interest),
         ]
     )  # fmt: skip

@@ -25,7 +25,7 @@ from esper_core.kernel.trust import TrustList, verify_statement
 from esper_core.store.blobs import Blobs
 from services.urza.blueprints import SHORTEST_PREFIX
 from services.urza.copies import Copies
-from services.urza.query import Place, Query, classes, value_column
+from services.urza.query import PLANNING, Place, Query, classes, value_column
 from services.urza.records import KERNEL, attest, kernel
 from services.urza.usage import Usage, usage
 
@@ -184,8 +184,7 @@ class Library:
         column = value_column(query.order)
         found: list[tuple[int, asyncpg.Record]] = []
         async with self._database.acquire() as connection, connection.transaction(readonly=True):
-            # a plan for any values would not know which tags are rare
-            await connection.execute("SET LOCAL plan_cache_mode = force_custom_plan")
+            await connection.execute(PLANNING)
             for cls, asked in classes(query):
                 rows = await connection.fetch(f"{KERNEL} {asked.sql}", *asked.arguments)
                 found += [(cls, row) for row in rows]

@@ -17,6 +17,10 @@ from esper_core.errors import InvalidInput
 
 MOST_PREFERRED = 4
 """Preferred tags that can be asked for: there are two classes for each; also in the contract."""
+PLANNING = "SET LOCAL plan_cache_mode = force_custom_plan; SET LOCAL effective_cache_size = '64MB'"
+"""Set around every search. A plan for any values would not know which tags are rare. And the planner would spread the
+rows of a page over a table that it takes to be at hand: it then walks an index through rows that lie anywhere, where few
+have the tag, although the index of tags leads there at once."""
 _FARTHEST = 2**63 - 1
 
 

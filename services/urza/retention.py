@@ -96,9 +96,12 @@ class Retention:
         planned = await self._count(newest)
         row = await self._database.fetchrow(
             f"""SELECT count(*) AS blobs, coalesce(sum(blob_bytes), 0)::bigint AS bytes FROM urza.copies c
-                WHERE state = 2 OR (state = 1 AND NOT EXISTS (
-                    SELECT FROM urza.kernels k LEFT JOIN urza.natives n USING (kernel_id)
-                    WHERE c.blob_sha256 IN (k.blob_sha256, n.blob_sha256) AND NOT {_FORGETTABLE}))""",  # noqa: S608
+                WHERE state = 2 OR (state = 1
+                    AND NOT EXISTS (
+                        SELECT FROM urza.kernels k WHERE k.blob_sha256 = c.blob_sha256 AND NOT {_FORGETTABLE})
+                    AND NOT EXISTS (
+                        SELECT FROM urza.natives n JOIN urza.kernels k USING (kernel_id)
+                        WHERE n.blob_sha256 = c.blob_sha256 AND NOT {_FORGETTABLE}))""",  # noqa: S608
             newest,
         )
         assert row is not None  # noqa: S101 - an aggregate has one row

@@ -23,7 +23,7 @@ from esper_core.kernel.manifest import KernelManifest, Provenance
 from esper_core.store.postgres import migrate, open_pool
 from services.urza.blueprints import Blueprints
 from services.urza.library import Library
-from services.urza.query import Order, Query, classes
+from services.urza.query import PLANNING, Order, Query, classes
 from services.urza.records import KERNEL
 from tests.bench.bench import Pace, Table
 from tests.bench.figures import Row, Sample
@@ -275,7 +275,7 @@ async def _ask(pool: Pool, query: Query) -> float:
 async def _answer(pool: Pool, query: Query) -> list[str]:
     found: list[str] = []
     async with pool.acquire() as connection, connection.transaction(readonly=True):
-        await connection.execute("SET LOCAL plan_cache_mode = force_custom_plan")
+        await connection.execute(PLANNING)
         for _, asked in classes(query):
             rows = await connection.fetch(f"{KERNEL} {asked.sql}", *asked.arguments)
             found += [row["kernel_id"] for row in rows]
@@ -298,7 +298,9 @@ async def _checked(pool: Pool, population: Population, rounds: int) -> int:
 
 async def _plan(pool: Pool, query: Query) -> str:
     _, asked = next(classes(query))
-    text = await pool.fetchval(f"EXPLAIN (FORMAT JSON) {KERNEL} {asked.sql}", *asked.arguments)
+    async with pool.acquire() as connection, connection.transaction(readonly=True):
+        await connection.execute(PLANNING)
+        text = await connection.fetchval(f"EXPLAIN (FORMAT JSON) {KERNEL} {asked.sql}", *asked.arguments)
     steps: list[str] = []
 
     def walk(node: dict[str, Any]) -> None:

@@ -111,7 +111,9 @@ class Maker:
 
 async def forget_everything(stage: Stage) -> None:
     """As if the file came to another library."""
-    await stage.database.execute("TRUNCATE urza.kernels, urza.attestations, urza.usage, urza.tombstones, urza.copies")
+    await stage.database.execute(
+        "TRUNCATE urza.kernels, urza.natives, urza.attestations, urza.usage, urza.tombstones, urza.copies"
+    )
     await stage.database.execute("DELETE FROM urza.lineage")
     await stage.database.execute("DELETE FROM urza.blueprints WHERE created_by <> 'catalogue'")
 
@@ -283,7 +285,9 @@ async def test_interest_comes_from_the_field(stage: Stage, esperctl: Call) -> No
     assert {one["interest"] for one in rest["usage"]} == {0.0}
     assert len(rest["kernels"]) == 3
     text = (await esperctl("kernel", "query", "--by", "interest", "-n", "1")).stdout.splitlines()
-    assert text[0].split()[-1] == "TAGS"
-    assert "0.15" in text[1]
+    assert text[0].split()[-3:] == ["KEPT", "GAIN", "INTEREST"]
+    assert text[1].split()[-5:-1] == ["1", "of", "2", "0.15"]
+    text = (await esperctl("kernel", "query", "--by", "interest", "-n", "1", "--tags")).stdout.splitlines()
+    assert text[1].split()[1:] == ["size:small"]
     gone = await read(esperctl, "library", "gc", "--keep-unused", "0")
     assert (gone["rejected"], gone["retired"], gone["unused"], gone["kept"]) == (1, 1, 1, 2)

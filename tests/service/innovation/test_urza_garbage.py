@@ -19,7 +19,7 @@ import pytest
 from pydantic import SecretStr
 
 from esper_core.blueprint.catalogue import catalogue
-from esper_core.bus.database import Pool
+from esper_core.bus.database import Connection, Pool
 from esper_core.config import Endpoints
 from esper_core.errors import Conflict, Forbidden, NotFound, Unavailable
 from esper_core.ids import sha256
@@ -30,6 +30,7 @@ from esper_core.kernel.sign import generate_key, sign, statement
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.store.blobs import Blobs
 from services.urza.blueprints import Blueprints
+from services.urza.copies import Copies
 from services.urza.library import Library
 from services.urza.native import Natives
 from services.urza.retention import Progress, Retention
@@ -74,6 +75,19 @@ class Shelf:
             await connection.execute(update, manifest.kernel_id, int(status), reason)
             await connection.execute("ALTER TABLE urza.kernels ENABLE TRIGGER keep_kernel")
 
+    async def native(self, manifest: KernelManifest, blob: bytes) -> None:
+        """A native part of it."""
+
+        async def write(connection: Connection) -> None:
+            await connection.execute(
+                """INSERT INTO urza.natives (kernel_id, target, toolchain, record, blob_sha256, payload_type, payload, key_id,
+                       signature, created_by) VALUES ($1, 'here', 'torch', '{}', $2, '', '', '', '', 'tezzeret')""",
+                manifest.kernel_id,
+                sha256(blob),
+            )
+
+        await Copies(self.pool).store(self.blobs, blob, write)
+
     async def collect(self, keep_unused: int = 0) -> Progress:
         return [progress async for progress in Retention(self.pool, self.blobs).collect(keep_unused)][-1]
 
@@ -97,7 +111,9 @@ class Shelf:
 
     async def needed(self) -> set[str]:
         rows = await self.pool.fetch(
-            "SELECT c.blob_sha256, c.number FROM urza.copies c JOIN urza.kernels k USING (blob_sha256) WHERE c.state = 1"
+            """SELECT DISTINCT c.blob_sha256, c.number FROM urza.copies c
+               JOIN (SELECT blob_sha256 FROM urza.kernels UNION SELECT blob_sha256 FROM urza.natives) n USING (blob_sha256)
+               WHERE c.state = 1"""
         )
         return {row["blob_sha256"] + (f".{row['number']}" if row["number"] else "") for row in rows}
 
@@ -111,7 +127,7 @@ async def pool(stack: Endpoints) -> AsyncIterator[Pool]:
 @pytest.fixture
 async def shelf(stack: Endpoints, bucket: Endpoints, pool: Pool) -> AsyncIterator[Shelf]:
     await pool.execute(
-        "TRUNCATE urza.kernels, urza.attestations, urza.usage, urza.tombstones, urza.copies, urza.natives"
+        "TRUNCATE urza.kernels, urza.natives, urza.attestations, urza.usage, urza.tombstones, urza.copies, urza.natives"
     )
     own = await pool.fetchval("SELECT current_database()")
     dsn = stack.postgres_dsn.get_secret_value().replace("/esper?", f"/{own}?")
@@ -128,14 +144,16 @@ async def test_the_unfit_and_the_unused_are_forgotten_and_the_rest_stays(shelf: 
     for kernel in (good, twin, used):
         await Field(shelf.pool).fetched(kernel.kernel_id)
 
+    await shelf.native(good, b"native, needed")
+    await shelf.native(withdrawn, b"native")
     foreseen = await Retention(shelf.pool, shelf.blobs).foresee(1)
     assert (foreseen.doomed, foreseen.rejected, foreseen.retired, foreseen.unused) == (3, 1, 1, 1)
-    assert (foreseen.blobs, foreseen.bytes, foreseen.kept) == (2, 2 * len(b"weights 2"), 4)
+    assert (foreseen.blobs, foreseen.bytes, foreseen.kept) == (3, 2 * len(b"weights 2") + len(b"native"), 4)
     assert len(await shelf.ids()) == 7
     assert await shelf.collect(1) == foreseen
     assert await shelf.ids() == {kernel.kernel_id for kernel in (good, twin, used, fresh)}
     assert await shelf.keys() == await shelf.needed()
-    assert sha256(b"shared") in await shelf.keys()
+    assert {sha256(b"shared"), sha256(b"native, needed")} <= await shelf.keys()
     for kernel in (good, twin, used, fresh):
         assert sha256(await shelf.read(kernel)) == kernel.blob_sha256
     with pytest.raises(NotFound, match="was REJECTED and has been forgotten: it gives NaN"):
