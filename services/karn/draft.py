@@ -134,6 +134,15 @@ class Draft:
         self.symbols[name] = value
         return name
 
+    def width_of(self, name: str) -> str:
+        """An expression for the features or channels of a value: as they were asked for, so that it holds when symbols change."""
+        while name != INPUT:
+            node = self.nodes[name]
+            if "out" in node.attributes:
+                return node.attributes["out"]
+            name = node.inputs[0]
+        return "in_width"
+
     def adopt(self, other: Draft, name: str) -> str:
         """Copy ``name`` of another draft and all it is computed from; returns its name here.
 

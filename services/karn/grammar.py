@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from esper_core.blueprint.interface import Layout, Shape, SlotInterface
+from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.blueprint.ir import INPUT, BlueprintIR
-from esper_core.blueprint.ops import channels_of
 from esper_core.errors import InvalidInput, Unsupported
 from services.karn.dice import Dice
 from services.karn.draft import Draft
@@ -140,19 +139,18 @@ def _scaled(draft: Draft, name: str, dice: Dice) -> str:
 def residual(draft: Draft, name: str, dice: Dice) -> str:
     """``name`` plus a short path from it back to its own width."""
     inner = bend(draft, affine(draft, name, width(draft, dice), "no", dice), dice)
-    back = affine(draft, inner, str(channels_of(draft.shapes[name])), "no", dice)
+    back = affine(draft, inner, draft.width_of(name), "no", dice)
     return draft.add("add", name, back)
 
 
 def gate(draft: Draft, name: str, dice: Dice) -> str:
     """``name`` times what is read from it: by position, or over an image by what the whole shows."""
-    shape = draft.shapes[name]
     if draft.interface.layout is Layout.IMAGE and dice.chance(0.6):
         squeezed = draft.add("global_average_pool", name)
         reduced = draft.add("activation", draft.add("linear", squeezed, out=width(draft, dice)), kind="relu")
-        opened = draft.add("linear", reduced, out=str(channels_of(shape)))
+        opened = draft.add("linear", reduced, out=draft.width_of(name))
     else:
-        opened = affine(draft, name, str(channels_of(shape)), "no", dice)
+        opened = affine(draft, name, draft.width_of(name), "no", dice)
     return draft.add("multiply", name, draft.add("activation", opened, kind=dice.pick(("sigmoid", "tanh", "identity"))))
 
 
@@ -163,10 +161,9 @@ def _local(draft: Draft, name: str, dice: Dice) -> str:
 
 def _attend(draft: Draft, name: str, dice: Dice) -> str:
     """Every token hears those before it; to its own width, so that a sum with ``name`` stays possible."""
-    shape: Shape = draft.shapes[name]
     heads = dice.pick((1, 2, 4))
     inner = heads * dice.pick((4, 8))
-    heard = draft.add("attention", name, width=str(inner), heads=str(heads), causal="yes", out=str(channels_of(shape)))
+    heard = draft.add("attention", name, width=str(inner), heads=str(heads), causal="yes", out=draft.width_of(name))
     return draft.add("add", name, heard) if dice.chance(0.6) else heard
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.blueprint.ir import INPUT, BlueprintIR, Node
-from esper_core.blueprint.ops import channels_of
 from esper_core.errors import InvalidInput, Unsupported
 from services.karn import grammar
 from services.karn.dice import Dice
@@ -89,7 +88,7 @@ def _scale(draft: Draft, name: str, _: Dice) -> str:
 
 
 def _map(draft: Draft, name: str, dice: Dice) -> str:
-    return grammar.affine(draft, name, str(channels_of(draft.shapes[name])), "no", dice)
+    return grammar.affine(draft, name, draft.width_of(name), "no", dice)
 
 
 def _depthwise(draft: Draft, name: str, dice: Dice) -> str:
@@ -159,7 +158,7 @@ def _detour(draft: Draft, dice: Dice) -> None:
     source, shape = node.inputs[0], draft.shapes[node.name]
     if draft.shapes[source][1:] != shape[1:] and draft.interface.layout is Layout.IMAGE:
         raise NoPlace
-    round_it = grammar.affine(draft, source, node.attributes.get("out", str(channels_of(shape))), "no", dice)
+    round_it = grammar.affine(draft, source, draft.width_of(node.name), "no", dice)
     _replace(draft, node.name, draft.add("add", node.name, round_it))
 
 
@@ -213,7 +212,7 @@ def _deepen(draft: Draft, dice: Dice) -> None:
         raise NoPlace
     new = grammar.stage(draft, name, dice)
     if draft.shapes[new] != shape and reader.op not in AFFINE:
-        new = grammar.affine(draft, new, str(channels_of(shape)), "no", dice)
+        new = grammar.affine(draft, new, draft.width_of(name), "no", dice)
     draft.change(reader.name, inputs=[new if source == name else source for source in reader.inputs])
 
 
