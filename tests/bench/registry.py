@@ -23,9 +23,10 @@ ABOUT = {
     "forge": "builds and evaluations per minute, and what they cost a training run next door",
     "stack": "`up` cold and warm, and healing after kill -9 of each child",
     "seeds": "the demo over many seeds, its healthy twin, and a static network of the grown shape",
+    "carve": "what carving frees and costs, against the run uncarved and a network as small from the start (minutes)",
     "presets": "every other task preset, a few seeds each (minutes: only when named)",
 }
-USUAL = tuple(name for name in ABOUT if name not in ("presets", "compiled", "ramp", "library"))
+USUAL = tuple(name for name in ABOUT if name not in ("presets", "compiled", "ramp", "library", "carve"))
 """What runs when nothing is named, within six minutes on two free cores."""
 GROUPS = {
     "exec": ("dormant", "compiled", "ramp", "swap", "cache", "telemetry", "boundary", "graft", "forge"),
