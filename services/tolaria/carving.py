@@ -18,7 +18,7 @@ from esper_core.control.carve.settings import CarveSettings
 from esper_core.errors import Conflict, Exhausted
 from esper_core.nn.host import wrap
 from services.tolaria import keepsake
-from services.tolaria.config import TolariaConfig
+from services.tolaria.config import TolariaConfig, spelled
 from services.tolaria.datasets import Data
 from services.tolaria.experiment import PROBE_BATCH, VALIDATION_BATCH, load_data, set_up, write_json
 from services.tolaria.optimization import optimizer_for
@@ -119,7 +119,7 @@ def settings_of(directory: Path) -> TolariaConfig:
     kept = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     given = {name: value for name, value in kept.items() if name not in _FOREIGN}
     # Written whole, defaults included; some of them mean nothing for its host or data, and saying them would be refused.
-    return load(TolariaConfig, _differing(given, TolariaConfig().model_dump(mode="json")))
+    return load(TolariaConfig, spelled(given))
 
 
 def write(done: Carved, source: Path, target: Path, document: dict[str, Any], name: str) -> None:
@@ -136,18 +136,6 @@ def write(done: Carved, source: Path, target: Path, document: dict[str, Any], na
         write_json(target / name, document)
     except OSError as error:
         raise Exhausted(f"{target} cannot be written: {error.strerror}", hint="make room, then carve again") from None
-
-
-def _differing(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    """What is given otherwise than by default."""
-    found = {}
-    for name, value in given.items():
-        usual = default.get(name)
-        if isinstance(value, dict) and isinstance(usual, dict):
-            value = _differing(value, usual) or usual
-        if value != usual:
-            found[name] = value
-    return found
 
 
 def _standing(carver: Carver, data: Data) -> dict[str, Any]:
