@@ -8,6 +8,9 @@
     plain, report = grower.finish()
     esper.export(plain, example_inputs, "exported")
 
+Beside the grower, ``esper.Carver(host, optimizer, loss_fn, probe=batches, validation=held_back)`` takes out what no longer pays:
+``carver.step(epoch, busy=grower.busy)`` after ``grower.step``, and ``carver.finish(epoch)`` before ``grower.finish()``.
+
 The names load torch when first used, so that command line and control plane start without it.
 """
 
@@ -17,6 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from esper_core.control.carve.carver import Carver
+    from esper_core.control.carve.settings import CarveSettings
     from esper_core.control.grower import Grower
     from esper_core.control.packet import Budget
     from esper_core.control.settings import GrowthSettings
@@ -25,10 +30,12 @@ if TYPE_CHECKING:
     from esper_core.nn.host import wrap
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Grower", "GrowthSettings", "__version__", "export", "score", "wrap"]
+__all__ = ["Budget", "CarveSettings", "Carver", "Grower", "GrowthSettings", "__version__", "export", "score", "wrap"]
 
 _HOME = {
     "Budget": "esper_core.control.packet",
+    "CarveSettings": "esper_core.control.carve.settings",
+    "Carver": "esper_core.control.carve.carver",
     "Grower": "esper_core.control.grower",
     "GrowthSettings": "esper_core.control.settings",
     "export": "esper_core.nn.export.bundle",

@@ -12,6 +12,7 @@ from esper_core.cli import (
     blueprint,
     build,
     bus,
+    carve,
     decisions,
     export,
     forge,
@@ -37,7 +38,7 @@ app = typer.Typer(
 stack.register(app)
 train.register(app)
 export.register(app)
-for group in (runs, seed, decisions, bench):
+for group in (runs, seed, decisions, carve, bench):
     app.add_typer(group.app, rich_help_panel="Training")
 for group in (kernel, blueprint, library, build, forge, karn, policy, bus):
     app.add_typer(group.app, rich_help_panel="Platform parts")

@@ -48,14 +48,14 @@ def export(
 
     Example:  esperctl export digits-1 --format onnx --out digits-onnx
     """
-    arguments = [_resolved(call.data_dir / "runs", run), "--format", wanted.value]
+    arguments = [finished_run(call.data_dir / "runs", run), "--format", wanted.value]
     if out is not None:
         arguments += ["--out", str(out)]
     arguments += ["--data-dir", str(call.data_dir), "-o", "json" if call.output.json else "text"]
     become(EXPORTER, arguments)
 
 
-def _resolved(folder: Path, given: str) -> str:
+def finished_run(folder: Path, given: str) -> str:
     """A run's whole name, checked before a heavy process starts; ``latest`` is the one that finished last.
 
     Raises:

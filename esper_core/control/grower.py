@@ -89,6 +89,11 @@ class Grower:
         return tuple(self._ledger.seeds.values())
 
     @property
+    def busy(self) -> bool:
+        """Whether a graft is in flight, from its order to its last judgement."""
+        return any(seed.state in IN_FLIGHT for seed in self.seeds)
+
+    @property
     def added_parameters(self) -> int:
         """Host and blended kernels against the host at the start."""
         return self.plot.parameters - self._ledger.initial_parameters

@@ -256,9 +256,7 @@ class Plans:
         if row is None:
             raise await self._unknown(run_id)
         if row["ended"] > row["registered"]:
-            raise Conflict(
-                f"run {run_id!r} has ended", hint="carve a copy of its network: `esperctl carve plan RUN --offline`"
-            )
+            raise Conflict(f"run {run_id!r} has ended", hint="carve a copy of its network: `esperctl carve copy RUN`")
 
     async def _get(self, connection: Connection, plan_id: str, lock: bool = False) -> PlanRow:
         row = await self._row(connection, plan_id, lock)

@@ -250,6 +250,21 @@ def _find(what: str) -> Path:
     raise NotFound(f"{what!r} is neither a file nor a preset", hint=nearest(what, known))
 
 
+def spelled(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, dumped whole, without those that are as by default: what somebody would have to write down."""
+    return _differing(settings, TolariaConfig().model_dump(mode="json"))
+
+
+def _differing(given: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in given.items():
+        default = usual.get(name)
+        said = _differing(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
+        if value != default and said != {}:
+            found[name] = said
+    return found
+
+
 def _lay(given: dict[str, Any], setting: str) -> None:
     """Lay one ``a.b=value`` over the mapping; the value is read as YAML."""
     place, sign, text = setting.partition("=")

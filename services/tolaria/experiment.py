@@ -23,7 +23,7 @@ from esper_core.errors import AlreadyExists, Conflict, Exhausted, InvalidInput, 
 from esper_core.nn.checkpoint import write_atomic
 from esper_core.nn.host import Host, wrap
 from services.tolaria import facts, hosts, keepsake
-from services.tolaria.config import TolariaConfig
+from services.tolaria.config import TolariaConfig, spelled
 from services.tolaria.datasets import Data, prepare
 from services.tolaria.learner import Finished, Growing, Learner, Plain
 from services.tolaria.live import View
@@ -291,7 +291,7 @@ def open_run(config: TolariaConfig, run_id: str, *, grow: bool, resume: bool) ->
         return
     if not path.exists():
         raise NotFound(f"there is no run {run_id} under {directory.parent}", hint="start it without --resume")
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    mine, theirs = spelled(mine), spelled(json.loads(path.read_text(encoding="utf-8")))
     different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     if foreign := [key for key in different if key not in _MAY_DIFFER]:
         raise Conflict(

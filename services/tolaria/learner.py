@@ -12,7 +12,7 @@ from torch import nn
 from esper_core.control.carve.papers import CarveReport, PlanState
 from esper_core.control.grower import Grower
 from esper_core.control.packet import Command
-from esper_core.lifecycle import BLENDED, IN_FLIGHT
+from esper_core.lifecycle import BLENDED
 from esper_core.log import get
 from esper_core.nn.host import Host
 from services.tolaria.history import Boundary, Figures, SlotRow
@@ -150,7 +150,7 @@ class Growing:
     def _carve(self, figures: Figures) -> CarveReport:
         if self.sculpting is None:
             return CarveReport()
-        report = self.sculpting.boundary(figures, busy=any(seed.state in IN_FLIGHT for seed in self.grower.seeds))
+        report = self.sculpting.boundary(figures, busy=self.grower.busy)
         if any(event.state is PlanState.REMOVED for event in report.events):
             self.grower.survey.forget()  # what was measured was another network
         return report

@@ -24,9 +24,11 @@ ABOUT = {
     "karn": "designs that Karn finds against random search and against itself without its surrogate, at equal budgets (minutes)",
     "stack": "`up` cold and warm, and healing after kill -9 of each child",
     "seeds": "the demo over many seeds, its healthy twin, and a static network of the grown shape",
+    "carve": "what carving frees and costs, against the run uncarved and a network as small from the start (minutes)",
     "presets": "every other task preset, a few seeds each (minutes: only when named)",
 }
-USUAL = tuple(name for name in ABOUT if name not in ("presets", "karn", "compiled", "ramp", "library"))
+SLOW = ("presets", "karn", "compiled", "ramp", "library", "carve")
+USUAL = tuple(name for name in ABOUT if name not in SLOW)
 """What runs when nothing is named, within six minutes on two free cores."""
 GROUPS = {
     "exec": ("dormant", "compiled", "ramp", "swap", "cache", "telemetry", "boundary", "graft", "forge"),

@@ -169,6 +169,10 @@ class Carver:
             return []
         if worse := trial.before.failed_by(now, limits.max_accuracy_drop, limits.max_loss_rise):
             return [self._fail(trial, epoch, worse, now)]
+        assert self._reference is not None  # noqa: S101
+        if worse := self._reference.failed_by(now, limits.max_accuracy_drop, limits.max_loss_rise):
+            self.ended = f"all plans together, {worse}"
+            return [self._wake(trial, epoch, self.ended, now)]
         if epoch - trial.epoch < limits.observe_epochs or busy:
             return []
         try:
@@ -192,7 +196,7 @@ class Carver:
         self.trial = None
         smaller = self.eye.anatomy(fresh=True)
         lasted = f"silenced for {epoch - trial.epoch} epochs without harm"
-        event = self._event(trial, epoch, PlanState.REMOVED, lasted, now).model_copy(
+        return self._event(trial, epoch, PlanState.REMOVED, lasted, now).model_copy(
             update={
                 "parameters": removed.parameters,
                 "flops": flops - smaller.flops,
@@ -200,10 +204,6 @@ class Carver:
                 "left_parameters": self._parameters(),
             }
         )
-        assert self._reference is not None  # noqa: S101
-        if worse := self._reference.failed_by(now, self.settings.max_accuracy_drop, self.settings.max_loss_rise):
-            self.ended = f"all plans together, {worse}"
-        return event
 
     def _fail(self, trial: Trial, epoch: int, reason: str, now: Standards) -> CarveEvent:
         self.failures += 1
@@ -245,7 +245,7 @@ class Carver:
         if order.plan_id in self.removed:
             raise Conflict(
                 f"the units of {order.plan_id} are gone for good",
-                hint="start again from a checkpoint of before, or carve a copy next time: `esperctl carve plan --offline`",
+                hint="start again from a checkpoint of before, or carve a copy next time: `esperctl carve copy`",
             )
         if self.trial is None or self.trial.plan_id != order.plan_id:
             raise Conflict(f"no units are on trial for {order.plan_id}", hint="`esperctl carve show PLAN`")
@@ -283,7 +283,7 @@ class Carver:
         self._begin()
         if self._reference is None or now.better_than(self._reference):
             self._reference = now
-        ward, upper = self._confirmed(cuts, self.settings.loss_share * now.loss + self.settings.loss_floor)
+        ward, upper = self._confirmed(cuts, self._room(now))
         change = self.eye.worths.change(ward.cuts)
         self.trial = Trial(plan, order_id, ward, epoch, now, change, upper, ward.keep())
         ward.silence(True)
@@ -321,7 +321,11 @@ class Carver:
     def _survey(self, epoch: int, now: Standards) -> CarveSurvey:
         self._begin()
         self.eye.look()
-        return self.eye.survey(epoch, now, self.left(), self.fossils)
+        return self.eye.survey(epoch, now, self._room(now), self.left(), self.fossils)
+
+    def _room(self, now: Standards) -> float:
+        """Loss that one plan may cost at first; half of it after every plan that failed."""
+        return (self.settings.loss_share * now.loss + self.settings.loss_floor) * 0.5**self.failures
 
     def _begin(self) -> None:
         """What the budget is measured against, noted once."""

@@ -21,7 +21,8 @@ class CarveSettings(Settings):
     observe_epochs: int = Field(default=3, ge=1)
     """Epochs that units stay silenced before they are taken out."""
     loss_share: float = Field(default=0.25, ge=0)
-    """What a plan may cost at first, as a share of the held-back loss: by the estimate, and by the bound of the counterfactual."""
+    """What a plan may cost at first, as a share of the held-back loss, by the estimate and by the bound of the counterfactual; half of
+    it after every plan that failed."""
     loss_floor: float = Field(default=0.01, ge=0)
     """A plan may always cost this much loss at first; while it is observed, the network learns to do without."""
     plan_share: float = Field(default=0.1, gt=0, le=1)

@@ -118,11 +118,12 @@ class Eye:
                 total += clusters[cut.cluster].unit_parameters * len(cut.units)
         return total
 
-    def survey(self, epoch: int, now: Standards, left: int, fossils: Fossils) -> CarveSurvey:
+    def survey(self, epoch: int, now: Standards, room: float, left: int, fossils: Fossils) -> CarveSurvey:
         """What the last look has shown.
 
         Args:
             now: how the host does.
+            room: loss that a plan may cost.
             left: parameters that may still be freed in this run.
         """
         parameters = self.parameters
@@ -148,7 +149,7 @@ class Eye:
             parameters=parameters,
             flops=anatomy.flops,
             room_parameters=min(left, int(self.settings.plan_share * parameters)),
-            room_loss=self.settings.loss_share * now.loss + self.settings.loss_floor,
+            room_loss=room,
             room_share=self.settings.cluster_share,
             autonomous=self.settings.autonomous,
             obstacle=obstacle,

@@ -241,6 +241,7 @@ def _cluster(
 def _parts(model: nn.Module, graph: torch_pruning.DependencyGraph, group: Group) -> tuple[list[Part], str]:
     """The modules of a group, and the first thing in it that cannot be cut unit by unit."""
     paths = {id(module): path for path, module in model.named_modules()}
+    ends = [tuple(paths.get(id(end), "") for end in (graft.source, graft.sink)) for graft in grafts(model)]
     tied = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     parts: dict[tuple[str, Role], Part] = {}
     for number in range(len(group)):
@@ -262,6 +263,9 @@ def _parts(model: nn.Module, graph: torch_pruning.DependencyGraph, group: Group)
             return [*parts.values()], f"{path} is a {type(module).__name__}, which cannot be cut unit by unit"
         else:
             continue
+        for source, sink in ends:
+            if any(path == end or path.startswith(f"{end}.") for end in (source, sink)):
+                return [*parts.values()], f"the kernel at {source}:{sink} relies on its width"
         if any(tied[id(parameter)] != 1 for parameter in module.parameters(recurse=False)):
             return [*parts.values()], f"{path} shares its parameters with another module"
         old = parts.get((path, role))

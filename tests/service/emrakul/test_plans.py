@@ -254,7 +254,7 @@ async def test_unknown_names_and_ended_runs_are_refused(stage: Stage, run: str) 
     await until(lambda: ended(stage, run))
     with pytest.raises(Conflict, match="has ended") as over:
         await apply(stage, made.plan_id)
-    assert "--offline" in over.value.hint
+    assert "carve copy" in over.value.hint
 
 
 async def ended(stage: Stage, run_id: str) -> bool:

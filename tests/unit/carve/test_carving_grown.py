@@ -5,13 +5,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import esper_core
 from esper_core.blueprint.build import build
 from esper_core.blueprint.catalogue import catalogue
 from esper_core.control.carve.papers import Act, CarveOrder, Cut, PlanState
 from esper_core.nn.carve.importance import KERNEL
 from esper_core.nn.host import Host, Slot
 from esper_core.nn.widen import adopt, fold
-from tests.unit.carve.carved import HELD_ROWS, carver, outputs, task, wide
+from tests.unit.carve.carved import HELD_ROWS, LOSS, QUICK, carver, outputs, task, train, wide
+from tests.unit.control.growing import settings as growth_settings
+from tests.unit.nn.hosts import perceptron
+
+GROWTH = growth_settings(frozen="none")
 
 
 def grafted(host: Host, optimizer: torch.optim.Optimizer, scale: float = 0.2) -> Slot:
@@ -100,3 +105,29 @@ def test_a_fold_next_door_while_units_are_silenced_is_survived() -> None:
     assert survey is not None
     assert survey.clusters[0].grown == 3
     assert isinstance(host.model[0], nn.Linear)
+
+
+def test_growing_and_carving_share_a_loop_and_keep_out_of_each_others_way() -> None:
+    torch.manual_seed(0)
+    host = esper_core.wrap(perceptron(4, 16, 1, 16, 3), torch.randn(4, 4))
+    optimizer = torch.optim.Adam(host.parameters(), lr=1e-2)
+    data = {"probe": task(256, 1), "validation": task(256, 2)}
+    grower = esper_core.Grower(host, optimizer, LOSS, settings=GROWTH, **data)
+    carve = esper_core.Carver(host, optimizer, LOSS, settings=QUICK, **data)
+    flown, carved = set(), []
+    for epoch in range(40):
+        train(host, optimizer, task())
+        grower.step(epoch)
+        busy = grower.busy
+        events = carve.step(epoch, busy=busy).events
+        carved += [event for event in events if event.state is PlanState.REMOVED]
+        if busy:
+            flown.add(epoch)
+            assert all(event.state is PlanState.WOKEN for event in events)
+    assert flown
+    assert carved
+    carve.finish(40)
+    before = outputs(host, HELD_ROWS)
+    plain, _ = grower.finish()
+    assert torch.allclose(outputs(plain, HELD_ROWS), before, atol=1e-5)
+    assert carve.freed == sum(event.parameters for event in carved)

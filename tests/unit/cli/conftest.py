@@ -17,6 +17,7 @@ from esper_core.cli.app import app
 from esper_core.config import Endpoints
 from esper_core.local import certs
 from esper_core.local.layout import Layout, write_private
+from esper_core.pb.esper.emrakul.v1 import emrakul_pb2_grpc
 from esper_core.pb.esper.karn.v1 import karn_pb2_grpc
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2_grpc
 from esper_core.pb.esper.nissa.v1 import nissa_pb2_grpc
@@ -37,6 +38,7 @@ _REGISTER = {
     "esper.karn.v1.KarnService": karn_pb2_grpc.add_KarnServiceServicer_to_server,
     "esper.kasmina.v1.KasminaService": kasmina_pb2_grpc.add_KasminaServiceServicer_to_server,
     "esper.tolaria.v1.TolariaService": tolaria_pb2_grpc.add_TolariaServiceServicer_to_server,
+    "esper.emrakul.v1.EmrakulService": emrakul_pb2_grpc.add_EmrakulServiceServicer_to_server,
     "esper.nissa.v1.NissaService": nissa_pb2_grpc.add_NissaServiceServicer_to_server,
 }
 

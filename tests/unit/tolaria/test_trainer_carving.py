@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from esper_core.bus import subjects
 from esper_core.control.carve.papers import Act, CarveOrder, Cut, PlanState
-from esper_core.errors import EsperError
+from esper_core.errors import Conflict, EsperError
 from services.tolaria import experiment, facts, keepsake
 from services.tolaria.config import TolariaConfig
 from services.tolaria.learner import Growing
@@ -88,6 +89,18 @@ def test_off_by_default_and_the_same_run_then(quick: MakeConfig, tmp_path: Path)
     assert learner(run).sculpting is None
     with pytest.raises(EsperError, match=r"carve.*budget"):
         carving(quick, {"budget": 1})
+
+
+def test_a_run_of_before_there_was_carving_is_gone_on_with(quick: MakeConfig) -> None:
+    config = quick()
+    experiment.open_run(config, "old", grow=True, resume=False)
+    path = experiment.run_directory(config, "old") / "config.json"
+    kept = json.loads(path.read_text())
+    del kept["morphogenetic"]["carve"]
+    path.write_text(json.dumps(kept))
+    experiment.open_run(config, "old", grow=True, resume=True)
+    with pytest.raises(Conflict, match="other settings: morphogenetic"):
+        experiment.open_run(carving(quick), "old", grow=True, resume=True)
 
 
 def test_what_is_told_and_shown_and_kept(quick: MakeConfig, tmp_path: Path) -> None:
