@@ -13,6 +13,7 @@ from esper_core.cli import (
     build,
     bus,
     decisions,
+    evaluation,
     export,
     forge,
     karn,
@@ -37,6 +38,7 @@ app = typer.Typer(
 stack.register(app)
 train.register(app)
 export.register(app)
+evaluation.register(kernel.app)
 for group in (runs, seed, decisions, bench):
     app.add_typer(group.app, rich_help_panel="Training")
 for group in (kernel, blueprint, library, build, forge, karn, policy, bus):
