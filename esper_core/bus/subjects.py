@@ -113,7 +113,9 @@ CARVE_ORDERS = Subject("control.emrakul.orders", CONTROL, _types("core", "CarveO
 BLUEPRINT_SUBMITTED = Subject(
     "compilation.blueprint.submitted", FACTS, _types("bus", "BuildRequested"), _by("tezzeret", "karn"), per_run=False
 )
-KERNEL_READY = Subject("compilation.kernel.ready", FACTS, _types("bus", "KernelReady"), _by("tezzeret"), per_run=False)
+KERNEL_READY = Subject(
+    "compilation.kernel.ready", FACTS, _types("bus", "KernelReady"), _by("tezzeret", "urza"), per_run=False
+)
 KERNEL_CHARACTERIZED = Subject(
     "validation.kernel.characterized", FACTS, _types("bus", "KernelCharacterized"), _by("urabrask"), per_run=False
 )

@@ -23,7 +23,6 @@ from esper_core.rpc.contract import Method, methods
 from esper_core.rpc.policy import POLICY, PRINCIPALS
 from esper_core.rpc.server import ServedService, serve
 from esper_core.rpc.tls import ServerTls
-from services.urza.library import JUDGE
 
 METHODS = list(methods().values())
 SERVICES = sorted({method.service for method in METHODS})
@@ -150,7 +149,7 @@ def test_who_proposes_does_not_act() -> None:
 def test_only_urabrask_reaches_the_verdict_and_nobody_else_but_the_operator_a_status() -> None:
     """The operator may only retire; which status is asked for is Urza's to look at, see tests/service/innovation."""
     path = "/esper.urza.v1.UrzaService/UpdateKernelStatus"
-    assert POLICY[path] - {"operator"} == {JUDGE}
+    assert POLICY[path] - {"operator"} == {"urabrask"}
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
@@ -170,10 +169,17 @@ def test_each_principal_speaks_only_where_the_table_lets_it(subject: Subject, pr
 def test_what_is_said_on_the_bus_is_as_designed() -> None:
     speakers = {subject.name: subject.producers for subject in SUBJECTS}
     assert all(who and who <= PRINCIPALS for who in speakers.values())
-    assert speakers["compilation.kernel.ready"] == {"tezzeret"}
+    assert speakers["compilation.kernel.ready"] == {"tezzeret", "urza"}  # the library has what it imported judged here
+    assert speakers["control.emrakul.orders"] == {"emrakul"}
     assert speakers["validation.kernel.characterized"] == {"urabrask"}
     assert speakers["control.kasmina.commands"] == {"kasmina", "tamiyo"}
-    for fact in ("system.events.run", "system.events.epoch", "system.events.seed", "innovation.field_reports"):
+    for fact in (
+        "system.events.run",
+        "system.events.epoch",
+        "system.events.seed",
+        "system.events.carve",
+        "innovation.field_reports",
+    ):
         assert speakers[fact] == {"tolaria"}
 
 
