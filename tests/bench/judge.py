@@ -12,11 +12,14 @@ from pathlib import Path
 
 from esper_core.kernel.record import Measurement, RejectionReason
 from services.sandbox import Limits
+from services.urabrask.judge import LIMITS as JUDGE
+from services.urabrask.judge import MODULE
 from tests.bench.bench import Pace, Table
 from tests.bench.figures import Row, Sample
 from tests.bench.ground import folder
 from tests.corpus.kernels import LIMITS, STUBBORN, Kernel, bad, good
-from tests.corpus.trial import Trial, trial
+from tests.corpus.slots import SLOTS
+from tests.corpus.trial import CHILD, Trial, trial
 
 PATIENCE = replace(LIMITS, wall_seconds=30.0, cpu_seconds=5.0)
 """For adversaries."""
@@ -34,6 +37,7 @@ FIGURES = (
     "input_gradient_norm",
     "gradient_ratio",
     "counted_flops",
+    "learned",
 )
 
 
@@ -51,11 +55,10 @@ class Heard:
 def run(pace: Pace) -> list[Table]:
     async def everything(path: Path) -> tuple[list[list[Heard]], list[list[Heard]]]:
         pace.say("the catalogue, over and over")
-        honest = await _rounds(
-            list(good(widths=(8,) if pace.quick else (1, 8, 33))), pace.rounds(5, 2), Limits(), path / "good"
-        )
+        kernels = list(good(SLOTS[::4] if pace.quick else SLOTS, widths=(8,) if pace.quick else (4, 16)))
+        honest = await _rounds(kernels, pace.rounds(5, 2), JUDGE, MODULE, path / "good")
         pace.say("the adversaries, twice")
-        return honest, await _rounds(list(bad()), 2, PATIENCE, path / "bad")
+        return honest, await _rounds(list(bad()), 2, PATIENCE, CHILD, path / "bad")
 
     with folder("judge") as path:
         for part in ("good", "bad"):
@@ -75,7 +78,7 @@ def run(pace: Pace) -> list[Table]:
         Table(
             "Seconds per verdict, child warm",
             [
-                Sample(tuple(h.seconds for passed in honest for h in passed[WARM:])).row("accepted, all three phases", "ms", 1e3),
+                Sample(tuple(h.seconds for passed in honest for h in passed[WARM:])).row("accepted, all three phases and lessons", "ms", 1e3),
                 Sample(_quick(adversaries)).row("rejected, child survives", "ms", 1e3),
                 Sample(_slow(adversaries)).row("rejected, child killed or ended", "s"),
             ],
@@ -85,8 +88,8 @@ def run(pace: Pace) -> list[Table]:
     ]  # fmt: skip
 
 
-async def _rounds(kernels: Sequence[Kernel], rounds: int, limits: Limits, path: Path) -> list[list[Heard]]:
-    async with trial(path, limits) as bench:
+async def _rounds(kernels: Sequence[Kernel], rounds: int, limits: Limits, module: str, path: Path) -> list[list[Heard]]:
+    async with trial(path, limits, module) as bench:
         return [[await _heard(bench, kernel) for kernel in kernels] for _ in range(rounds)]
 
 

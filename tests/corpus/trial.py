@@ -16,7 +16,6 @@ from services.urabrask.examination import Examination
 from services.urabrask.finding import Unfit, reason_of
 from tests.corpus.kernels import Forge, Kernel
 
-
 CHILD = "tests.corpus.child"
 
 
