@@ -4,7 +4,8 @@
 other: decoding proves nothing, so envelope rules, payload digest, known type and payload rules are all checked before
 anything acts on an event.
 
-Does not authenticate the producer: who may publish on a subject is the server's business.
+Does not authenticate the producer: an event that names a principal which may not speak on its subject is refused, but
+whoever may publish at all can name another.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def unwrap(data: bytes, subject: str = "") -> Event:
 
     Args:
         data: a serialised envelope.
-        subject: what it came on; when given, the payload's type and the run must belong there.
+        subject: what it came on; when given, the payload's type, the producer and the run must belong there.
 
     Raises:
         InvalidInput: undecodable, against a rule, altered, of unknown type, or astray on this subject.
@@ -138,13 +139,18 @@ def check_belongs(envelope: EventEnvelope, subject: str) -> None:
     """Refuse an event that is not meant for ``subject``.
 
     Raises:
-        InvalidInput: the subject is not declared, takes no such payload, or is another run's.
+        InvalidInput: the subject is not declared, takes no such payload, or none by this producer, or is another run's.
     """
     declared = find(subject)
     if envelope.type not in declared.types:
         raise InvalidInput(
             f"a {envelope.type} does not travel on {declared.name}",
             hint=f"it takes {', '.join(sorted(declared.types))}",
+        )
+    if envelope.producer not in declared.producers:
+        raise InvalidInput(
+            f"{envelope.producer} may not speak on {declared.name}",
+            hint=f"only {', '.join(sorted(declared.producers))}",
         )
     run_id = subject.rpartition(".")[2]
     if declared.per_run and envelope.run_id not in ("", run_id):

@@ -2,7 +2,7 @@
 
 Commands, facts, telemetry and dead letters never share a stream: orders are refused rather than shed when the stream
 is full, telemetry is shed oldest first. Each subject says which payload types may travel on it; everything else is
-poison there. Knows nothing of connections.
+poison there, and so is what comes from a principal that has no business on it. Knows nothing of connections.
 """
 
 from __future__ import annotations
@@ -70,12 +70,14 @@ class Subject:
         name: without prefix, e.g. ``system.events.epoch``.
         stream: where it is kept.
         types: full names of the payload messages that may travel on it.
+        producers: principals whose events these may be; anybody else's are refused wherever they are read.
         per_run: whether the run's id is appended.
     """
 
     name: str
     stream: Stream
     types: frozenset[str]
+    producers: frozenset[str]
     per_run: bool = True
 
     def of(self, run_id: str = "") -> str:
@@ -100,19 +102,28 @@ def _types(package: str, *names: str) -> frozenset[str]:
     return frozenset(f"esper.{package}.v1.{name}" for name in names)
 
 
-SEED_HEALTH = Subject("telemetry.seed.health", TELEMETRY, _types("bus", "SeedTelemetry"))
-KASMINA_COMMANDS = Subject("control.kasmina.commands", CONTROL, _types("core", "Command"))
-CARVE_ORDERS = Subject("control.emrakul.orders", CONTROL, _types("core", "CarveOrder"))
-BLUEPRINT_SUBMITTED = Subject("compilation.blueprint.submitted", FACTS, _types("bus", "BuildRequested"), per_run=False)
-KERNEL_READY = Subject("compilation.kernel.ready", FACTS, _types("bus", "KernelReady"), per_run=False)
-KERNEL_CHARACTERIZED = Subject(
-    "validation.kernel.characterized", FACTS, _types("bus", "KernelCharacterized"), per_run=False
+def _by(*principals: str) -> frozenset[str]:
+    return frozenset(principals)
+
+
+_RUN = _by("tolaria")
+SEED_HEALTH = Subject("telemetry.seed.health", TELEMETRY, _types("bus", "SeedTelemetry"), _RUN)
+KASMINA_COMMANDS = Subject("control.kasmina.commands", CONTROL, _types("core", "Command"), _by("kasmina", "tamiyo"))
+CARVE_ORDERS = Subject("control.emrakul.orders", CONTROL, _types("core", "CarveOrder"), _by("emrakul"))
+BLUEPRINT_SUBMITTED = Subject(
+    "compilation.blueprint.submitted", FACTS, _types("bus", "BuildRequested"), _by("tezzeret", "karn"), per_run=False
 )
-RUN_EVENTS = Subject("system.events.run", FACTS, _types("bus", "RunRegistered", "RunEnded"))
-EPOCH_EVENTS = Subject("system.events.epoch", FACTS, _types("bus", "EpochCompleted"))
-SEED_EVENTS = Subject("system.events.seed", FACTS, _types("core", "SeedEvent"))
-CARVE_EVENTS = Subject("system.events.carve", FACTS, _types("core", "CarveSurvey", "CarveEvent"))
-FIELD_REPORTS = Subject("innovation.field_reports", FACTS, _types("core", "FieldReport"), per_run=False)
+KERNEL_READY = Subject(
+    "compilation.kernel.ready", FACTS, _types("bus", "KernelReady"), _by("tezzeret", "urza"), per_run=False
+)
+KERNEL_CHARACTERIZED = Subject(
+    "validation.kernel.characterized", FACTS, _types("bus", "KernelCharacterized"), _by("urabrask"), per_run=False
+)
+RUN_EVENTS = Subject("system.events.run", FACTS, _types("bus", "RunRegistered", "RunEnded"), _RUN)
+EPOCH_EVENTS = Subject("system.events.epoch", FACTS, _types("bus", "EpochCompleted"), _RUN)
+SEED_EVENTS = Subject("system.events.seed", FACTS, _types("core", "SeedEvent"), _RUN)
+CARVE_EVENTS = Subject("system.events.carve", FACTS, _types("core", "CarveSurvey", "CarveEvent"), _RUN)
+FIELD_REPORTS = Subject("innovation.field_reports", FACTS, _types("core", "FieldReport"), _RUN, per_run=False)
 SUBJECTS = (
     SEED_HEALTH,
     KASMINA_COMMANDS,

@@ -14,6 +14,7 @@ from esper_core.cli import (
     bus,
     carve,
     decisions,
+    evaluation,
     export,
     forge,
     karn,
@@ -38,6 +39,7 @@ app = typer.Typer(
 stack.register(app)
 train.register(app)
 export.register(app)
+evaluation.register(kernel.app)
 for group in (runs, seed, decisions, carve, bench):
     app.add_typer(group.app, rich_help_panel="Training")
 for group in (kernel, blueprint, library, build, forge, karn, policy, bus):

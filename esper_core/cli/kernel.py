@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import RenderableType
@@ -12,12 +13,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 
 from esper_core.cli import query
 from esper_core.cli.command import Invocation, command, noun
+from esper_core.cli.evaluation import duration, evaluation_of, findings
 from esper_core.cli.output import cell, console, enum_name, enum_value, fields, number, plain, short, table
 from esper_core.cli.query import StatusName, interface_of
 from esper_core.cli.resolve import LATEST, content_id, kernel_of, run_of, slot_of
 from esper_core.cli.seed import ordered
 from esper_core.ids import new_id
-from esper_core.pb.esper.core.v1.kernel_pb2 import KernelRecord, KernelStatus
+from esper_core.pb.esper.core.v1.kernel_pb2 import KernelRecord, KernelStatus, Measurement
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 
@@ -75,12 +77,13 @@ async def show_kernel(call: Invocation, kernel: KernelArgument) -> None:
     async with call.platform() as platform:
         request = urza_pb2.GetKernelRequest(kernel_id=content_id("kernel", kernel))
         answer: urza_pb2.GetKernelResponse = await platform.urza.GetKernel(request)
+        found = findings(await evaluation_of(platform, answer.kernel.manifest.kernel_id))
     record = answer.kernel
-    views = [_summary(record)]
+    views = [_summary(record), *([fields(_found(found))] if any(found.values()) else [])]
     if record.HasField("measurement"):
         views += [cell(" "), _measurement(record)]
     views += [cell(" "), _usage(answer.usage)]
-    call.output.document(plain(record) | {"usage": plain(answer.usage)}, *views)
+    call.output.document(plain(record) | found | {"usage": plain(answer.usage)}, *views)
 
 
 @command(app, "pull")
@@ -200,11 +203,7 @@ def _symbols(record: KernelRecord) -> str:
 
 
 def _latency(record: KernelRecord) -> str | None:
-    return _duration(record.measurement.forward_seconds) if record.HasField("measurement") else None
-
-
-def _duration(seconds: float) -> str:
-    return f"{number(seconds * 1e6)} µs" if seconds < 1e-3 else f"{number(seconds * 1e3)} ms"
+    return duration(record.measurement.forward_seconds) if record.HasField("measurement") else None
 
 
 def _summary(record: KernelRecord) -> RenderableType:
@@ -226,15 +225,26 @@ def _summary(record: KernelRecord) -> RenderableType:
     )  # fmt: skip
 
 
+def _found(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    risk = None if found["risk"] is None else f"{number(found['risk'])} by {found['risk_model']}"
+    return [("risk", risk), ("fault", found["rejection"])]
+
+
 def _measurement(record: KernelRecord) -> RenderableType:
     measured = record.measurement
     return fields(
         [
-            ("batch", measured.batch), ("forward", _duration(measured.forward_seconds)),
-            ("forward p99", _duration(measured.forward_seconds_p99)),
-            ("forward+backward", _duration(measured.backward_seconds)),
+            ("batch", measured.batch), ("forward", duration(measured.forward_seconds)),
+            ("forward p99", duration(measured.forward_seconds_p99)),
+            ("forward+backward", duration(measured.backward_seconds)),
+            ("forward+backward p99", _known(measured, "backward_seconds_p99", duration)),
+            ("rows/s", _known(measured, "rows_per_second", number)),
             ("peak memory", f"{measured.peak_memory_bytes:,} bytes"), ("drift", measured.precision_drift),
-            ("gradient norm", measured.gradient_norm), ("deterministic", measured.deterministic),
+            ("counted flops", _known(measured, "counted_flops", "{:,}".format)),
+            ("gradient norm", measured.gradient_norm),
+            ("at the input", _known(measured, "input_gradient_norm", number)),
+            ("first/last layer", _known(measured, "gradient_ratio", number)),
+            ("deterministic", measured.deterministic),
             ("repetitions", measured.repetitions), ("measured on", measured.target),
         ]
     )  # fmt: skip
@@ -249,3 +259,7 @@ def _usage(usage: urza_pb2.KernelUsage) -> RenderableType:
             ("interest", usage.interest),
         ]
     )  # fmt: skip
+
+
+def _known(measured: Measurement, name: str, show: Callable[[Any], str]) -> str | None:
+    return show(getattr(measured, name)) if measured.HasField(name) else None

@@ -17,7 +17,7 @@ from esper_core.pb.esper.nissa.v1 import nissa_pb2, nissa_pb2_grpc
 from esper_core.pb.esper.tamiyo.v1 import tamiyo_pb2, tamiyo_pb2_grpc
 from esper_core.pb.esper.tezzeret.v1 import tezzeret_pb2, tezzeret_pb2_grpc
 from esper_core.pb.esper.tolaria.v1 import tolaria_pb2, tolaria_pb2_grpc
-from esper_core.pb.esper.urabrask.v1 import urabrask_pb2
+from esper_core.pb.esper.urabrask.v1 import urabrask_pb2, urabrask_pb2_grpc
 from esper_core.pb.esper.urza.v1 import urza_pb2, urza_pb2_grpc
 from esper_core.rpc.client import open_channel
 
@@ -52,6 +52,7 @@ class Platform:
         self.channel = channel
         self.urza = stub(urza_pb2_grpc.UrzaServiceStub, channel)
         self.tezzeret = stub(tezzeret_pb2_grpc.TezzeretServiceStub, channel)
+        self.urabrask = stub(urabrask_pb2_grpc.UrabraskServiceStub, channel)
         self.tamiyo = stub(tamiyo_pb2_grpc.TamiyoServiceStub, channel)
         self.kasmina = stub(kasmina_pb2_grpc.KasminaServiceStub, channel)
         self.tolaria = stub(tolaria_pb2_grpc.TolariaServiceStub, channel)

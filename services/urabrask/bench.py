@@ -10,8 +10,10 @@ import gc
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from esper_core.blueprint.analyse import analyse
 from esper_core.blueprint.build import KernelModule
@@ -19,18 +21,19 @@ from esper_core.errors import Corrupt, InvalidInput
 from esper_core.kernel.manifest import KernelManifest
 from esper_core.kernel.pack import finite, load
 from esper_core.kernel.record import Lesson, RejectionReason
-from esper_core.nn.lessons import study
+from esper_core.nn.lessons import Mark, study
 from services.sandbox import Job, Work, serve
 from services.urabrask.finding import Unfit
 from services.urabrask.measure import batch_for, measure
 from services.urabrask.safety import ROWS, check
 
-Found = tuple[KernelManifest, Callable[[], KernelModule], int]
+M = TypeVar("M", bound=nn.Module)
+Found = tuple[KernelManifest, Callable[[], M], int]
 """What a job is about: the papers, how to make the kernel, and how many rows to run it with."""
 
 
-def works(find: Callable[[Job], Found]) -> dict[str, Work]:
-    """The two phases by name, on what ``find`` makes of a job."""
+def works(find: Callable[[Job], Found[M]], teach: Callable[[Callable[[], M]], list[Mark]]) -> dict[str, Work]:
+    """The two phases by name, on what ``find`` makes of a job; ``teach`` gives what is fit its lessons."""
 
     def safety(job: Job) -> Job:
         manifest, make, batch = find(job)
@@ -39,14 +42,15 @@ def works(find: Callable[[Job], Found]) -> dict[str, Work]:
 
     def benchmark(job: Job) -> Job:
         manifest, make, batch = find(job)
-        lessons = tuple(Lesson(**asdict(mark)) for mark in study(make))
-        found = measure(make, manifest, batch).model_copy(update={"lessons": lessons})
+        found = measure(make, manifest, batch)
+        lessons = tuple(Lesson(**asdict(mark)) for mark in teach(make))
+        found = found.model_copy(update={"lessons": lessons})
         return {"measurement": found.model_dump(mode="json")}
 
     return {work.__name__: _answering(work) for work in (safety, benchmark)}
 
 
-def from_artifact(job: Job) -> Found:
+def from_artifact(job: Job) -> Found[KernelModule]:
     """The kernel in ``job["manifest"]`` and the file ``job["blob"]``.
 
     Raises:
@@ -79,4 +83,4 @@ def _answering(work: Work) -> Work:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()  # what was imported never becomes garbage; looking for leaks need not count it each time
-    serve(works(from_artifact))
+    serve(works(from_artifact, study))

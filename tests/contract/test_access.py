@@ -1,4 +1,4 @@
-"""The policy table against the contracts and against a server: principal × method, generated from both."""
+"""The policy table against the contracts and against a server: principal × method, generated from both; and principal × subject."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import pytest
 from google.protobuf.descriptor_pb2 import MethodOptions
 from google.protobuf.descriptor_pool import Default
 
-from esper_core.errors import EsperError, Forbidden, Internal, Unauthenticated, Unavailable
+from esper_core.bus.envelope import check_belongs
+from esper_core.bus.subjects import SUBJECTS, Subject
+from esper_core.errors import EsperError, Forbidden, Internal, InvalidInput, Unauthenticated, Unavailable
 from esper_core.local.certs import provision
 from esper_core.local.layout import Layout
+from esper_core.pb.esper.bus.v1.bus_pb2 import EventEnvelope
 from esper_core.rpc.client import open_channel
 from esper_core.rpc.contract import Method, methods
 from esper_core.rpc.policy import POLICY, PRINCIPALS
@@ -103,9 +106,13 @@ def test_every_method_of_the_contracts_belongs_to_a_service_with_stubs() -> None
 
 def test_whatever_changes_something_is_not_open_to_all() -> None:
     for method in METHODS:
-        options = Default().FindMethodByName(method.path.strip("/").replace("/", ".")).GetOptions()
-        if options.idempotency_level != MethodOptions.NO_SIDE_EFFECTS:
+        if _changes(method):
             assert POLICY[method.path] < PRINCIPALS, method.path
+
+
+def _changes(method: Method) -> bool:
+    options = Default().FindMethodByName(method.path.strip("/").replace("/", ".")).GetOptions()
+    return bool(options.idempotency_level != MethodOptions.NO_SIDE_EFFECTS)
 
 
 def test_the_write_authority_is_as_designed() -> None:
@@ -120,10 +127,65 @@ def test_the_write_authority_is_as_designed() -> None:
         assert callers(f"KasminaService{command}") == {"tamiyo", "operator"}
     for publish in ("/LoadPolicy", "/UpdatePolicy"):
         assert callers(publish) == {"simic", "operator"}
+    assert callers("/Retag") == {"operator"}
+    assert callers("/Evaluate") == {"operator", "tezzeret"}
+
+
+def test_who_proposes_does_not_act() -> None:
+    """Emrakul and Karn change nothing by themselves: no method that carries something out is theirs."""
+    changing = {method.path for method in METHODS if _changes(method)}
+    own = {path for path in changing if "EmrakulService" in path or "KarnService" in path}
+    may = {
+        name: {path for path in changing - own if name in POLICY[path]} for name in ("emrakul", "karn", "nissa", "oona")
+    }
+    assert not {path for path in may["emrakul"] if not path.startswith("/esper.urza.")}
+    assert may["karn"] == {
+        "/esper.urza.v1.UrzaService/UploadBlueprint",
+        "/esper.tezzeret.v1.TezzeretService/SubmitBuild",
+    }
+    assert may["nissa"] == may["oona"] == set()
+
+
+def test_only_urabrask_reaches_the_verdict_and_nobody_else_but_the_operator_a_status() -> None:
+    """The operator may only retire; which status is asked for is Urza's to look at, see tests/service/innovation."""
+    path = "/esper.urza.v1.UrzaService/UpdateKernelStatus"
+    assert POLICY[path] - {"operator"} == {"urabrask"}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=lambda subject: subject.name)
+@pytest.mark.parametrize("principal", sorted(PRINCIPALS))
+def test_each_principal_speaks_only_where_the_table_lets_it(subject: Subject, principal: str) -> None:
+    """Principal × subject: what an event says of its producer is looked at before anything else acts on it."""
+    full = subject.of("run-1") if subject.per_run else subject.of()
+    for name in subject.types:
+        envelope = EventEnvelope(event_id="e", type=name, schema_version=1, producer=principal)
+        if principal in subject.producers:
+            check_belongs(envelope, full)
+            continue
+        with pytest.raises(InvalidInput, match=f"{principal} may not speak on {subject.name}"):
+            check_belongs(envelope, full)
+
+
+def test_what_is_said_on_the_bus_is_as_designed() -> None:
+    speakers = {subject.name: subject.producers for subject in SUBJECTS}
+    assert all(who and who <= PRINCIPALS for who in speakers.values())
+    assert speakers["compilation.kernel.ready"] == {"tezzeret", "urza"}  # the library has what it imported judged here
+    assert speakers["control.emrakul.orders"] == {"emrakul"}
+    assert speakers["validation.kernel.characterized"] == {"urabrask"}
+    assert speakers["control.kasmina.commands"] == {"kasmina", "tamiyo"}
+    for fact in (
+        "system.events.run",
+        "system.events.epoch",
+        "system.events.seed",
+        "system.events.carve",
+        "innovation.field_reports",
+    ):
+        assert speakers[fact] == {"tolaria"}
 
 
 @pytest.mark.parametrize("principal", sorted(PRINCIPALS))
 async def test_each_principal_gets_exactly_what_the_table_says(platform: tuple[str, Path], principal: str) -> None:
+    """With its own certificate, on the wire: every method of every contract, let in or refused by name."""
     address, tls_dir = platform
     async with open_channel(address, tls_dir=tls_dir, principal=principal) as channel:
         for method in METHODS:

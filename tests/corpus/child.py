@@ -7,11 +7,13 @@ name of a class in ``tests.corpus.modules`` stands for that class. It dies of wh
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from esper_core.kernel.manifest import KernelManifest
+from esper_core.nn.lessons import Mark
 from services.sandbox import Job, serve
 from services.urabrask.bench import Found, from_artifact, works
 from tests.corpus.modules import FAULTS, Adapter
@@ -25,13 +27,18 @@ def fresh(cls: type[Adapter]) -> nn.Module:
     return cls()
 
 
-def find(job: Job) -> Found:
+def find(job: Job) -> Found[nn.Module]:
     manifest = KernelManifest.model_validate(job["manifest"])
     cls = CLASSES.get(manifest.pipeline)
     return from_artifact(job) if cls is None else (manifest, lambda: fresh(cls), 64)
 
 
+def teach(_: Callable[[], nn.Module]) -> list[Mark]:
+    """No lessons: they take longer than all the rest, and no verdict depends on them."""
+    return []
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     gc.freeze()
-    serve(works(find))
+    serve(works(find, teach))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from esper_core.blueprint.build import build, skeleton
 from esper_core.blueprint.catalogue import candidates, catalogue
-from esper_core.blueprint.interface import BatchNorm, ConvGeometry, Layout, SlotInterface
+from esper_core.blueprint.interface import BatchNorm, Layout, SlotInterface
 from esper_core.blueprint.ir import INPUT, BlueprintIR, Node
 from esper_core.errors import InvalidInput
 from esper_core.ids import sha256
@@ -27,14 +27,13 @@ from esper_core.kernel.sign import generate_key, public_pem, sign, statement
 from esper_core.kernel.trust import TrustList, trust_entry
 from services.sandbox import Limits
 from tests.corpus.modules import FAULTS
+from tests.corpus.slots import FEATURES, SLOTS, TOKENS, described
 
 State = dict[str, Tensor]
 
-FEATURES = SlotInterface(layout=Layout.FEATURES, in_width=12, out_width=7, hidden_width=3, activation="relu")
-TOKENS = SlotInterface(layout=Layout.TOKENS, in_width=12, out_width=12, hidden_width=3, activation="gelu")
-LIMITS = Limits(wall_seconds=20.0, cpu_seconds=10.0, memory_bytes=320 << 20)
+LIMITS = Limits(wall_seconds=100.0, cpu_seconds=20.0, memory_bytes=320 << 20)
 """For adversaries: a bomb must not take the machine. The one that is in ``bad`` needs a little more than this."""
-IMPATIENT = dataclasses.replace(LIMITS, wall_seconds=8.0, cpu_seconds=2.0)
+IMPATIENT = dataclasses.replace(LIMITS, cpu_seconds=2.0)
 """For those that never answer. Processor time is what an honest kernel has enough of on a busy machine too."""
 STUBBORN = frozenset({RejectionReason.TIMEOUT, RejectionReason.MEMORY, RejectionReason.FAILS})
 """What is said of kernels that take their child process with them."""
@@ -57,18 +56,18 @@ class Kernel:
 
 @dataclass
 class Forge:
-    """A build key of our own and the trust list that lists it."""
+    """A build key of our own, and the trust list that lists it, in a folder of its own."""
 
     folder: Path
     key: bytes = field(default_factory=generate_key)
     stranger: bytes = field(default_factory=generate_key)
 
+    def __post_init__(self) -> None:
+        self.trust.write_text(TrustList(keys=(trust_entry("build", public_pem(self.key)),)).dump())
+
     @property
     def trust(self) -> Path:
-        path = self.folder / "trust.json"
-        if not path.exists():
-            path.write_text(TrustList(keys=(trust_entry("build", public_pem(self.key)),)).dump())
-        return path
+        return self.folder / "trust.json"
 
     def record(self, kernel: Kernel) -> KernelRecord:
         """As the library would have it, signed; the adversary that is not to be trusted by a key that nobody lists."""
@@ -87,62 +86,6 @@ def good(slots: Iterable[SlotInterface] | None = None, widths: Iterable[int] = (
             blob = save(build(ir, slot, symbols, seed=5).state_dict())
             manifest = KernelManifest.describe(ir, slot, blob, Provenance(compiler="corpus"), symbols=symbols, seed=5)
             yield Kernel(f"{name} {dict(symbols)} at {described(slot)}", manifest, blob)
-
-
-def described(slot: SlotInterface) -> str:
-    """A slot in a few words."""
-    size = "×".join(map(str, slot.in_size))
-    extras = [slot.activation, "batch norm" if slot.norm else "", "foldable" if slot.foldable else ""]
-    return " ".join(
-        filter(None, [slot.layout.name.lower(), f"{slot.in_width}→{slot.hidden_width}→{slot.out_width}", size, *extras])
-    )
-
-
-def _conv(kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1) -> ConvGeometry:
-    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
-    return ConvGeometry(**{f"{name}_{axis}": value for name, value in pairs.items() for axis in "hw"})
-
-
-def _rows(width_in: int, width_out: int, activation: str, **more: object) -> SlotInterface:
-    return SlotInterface.model_validate(
-        {"layout": Layout.FEATURES, "in_width": width_in, "out_width": width_out, "hidden_width": 3}
-        | {"activation": activation, **more}
-    )
-
-
-def _image(channels: tuple[int, int], size: tuple[int, int], source: ConvGeometry, sink: ConvGeometry, **more: object):
-    leaving = sink.leaving(source.leaving(size))
-    return SlotInterface.model_validate(
-        {"layout": Layout.IMAGE, "in_width": channels[0], "out_width": channels[1], "hidden_width": 5}
-        | {"in_size": size, "out_size": leaving, "source": source, "sink": sink, "activation": "relu", **more}
-    )
-
-
-SLOTS = (
-    _rows(1, 1, "relu"),
-    _rows(2, 33, "tanh", foldable=True),
-    _rows(64, 64, "gelu", foldable=True),
-    _rows(17, 10, "", source_bias_free=True),
-    _rows(16, 10, "relu", foldable=True, norm=BatchNorm()),
-    _rows(16, 10, "silu", norm=BatchNorm(affine=False, track_running_stats=False)),
-    _rows(13, 5, "sigmoid", foldable=True, source_bias_free=True, sink_bias_free=True),
-    TOKENS,
-    SlotInterface(layout=Layout.TOKENS, in_width=16, out_width=16, hidden_width=64, activation="gelu", foldable=True),
-    SlotInterface(
-        layout=Layout.TOKENS, in_width=9, out_width=4, hidden_width=8, in_size=(5,), out_size=(5,), activation="silu"
-    ),
-    SlotInterface(
-        layout=Layout.TOKENS, in_width=3, out_width=3, hidden_width=8, in_size=(1,), out_size=(1,), activation="relu"
-    ),
-    _image((3, 8), (8, 8), _conv(3, padding=1), _conv(3, padding=1), foldable=True),
-    _image((3, 8), (9, 7), _conv(3, stride=2, padding=1), _conv(1), norm=BatchNorm(), foldable=True),
-    _image((1, 5), (13, 11), _conv(5, padding=2), _conv(3, stride=2), norm=BatchNorm(momentum=0.01)),
-    _image((16, 16), (5, 5), _conv(3, padding=2, dilation=2), _conv(3, padding=1)),
-    SlotInterface(
-        layout=Layout.IMAGE, in_width=4, out_width=6, hidden_width=3, in_size=(7, 9), out_size=(2, 3), activation="silu"
-    ),
-)
-"""Rows, tokens and images; odd sizes, single units, norms of every kind, layers without bias."""
 
 
 def bad() -> Iterator[Kernel]:

@@ -16,6 +16,8 @@ from services.urabrask.examination import Examination
 from services.urabrask.finding import Unfit, reason_of
 from tests.corpus.kernels import Forge, Kernel
 
+CHILD = "tests.corpus.child"
+
 
 class Trial:
     """One bench and the forge whose kernels it trusts."""
@@ -43,9 +45,9 @@ class Trial:
 
 
 @contextlib.asynccontextmanager
-async def trial(folder: Path, limits: Limits = Limits()) -> AsyncIterator[Trial]:  # noqa: B008 - frozen
-    """A bench under ``limits``; ended afterwards."""
-    child = WarmChild("tests.corpus.child", limits)
+async def trial(folder: Path, limits: Limits, module: str = CHILD) -> AsyncIterator[Trial]:
+    """A bench that runs ``module`` under ``limits``; ended afterwards."""
+    child = WarmChild(module, limits)
     try:
         yield Trial(child, Forge(folder))
     finally:

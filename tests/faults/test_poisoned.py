@@ -32,7 +32,7 @@ from tests.e2e.living import NARROW, Living, until
 pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
 RUN = "poisoned"
 LISTENERS = {
-    subjects.RUN_EVENTS: {"tezzeret-runs", "tolaria-runs", "kasmina-seeds", "emrakul-plans", "nissa"},
+    subjects.RUN_EVENTS: {"tezzeret-runs", "tolaria-runs", "kasmina-seeds", "emrakul-plans", "karn-runs", "nissa"},
     subjects.EPOCH_EVENTS: {"tolaria-runs", "nissa"},
     subjects.SEED_EVENTS: {"kasmina-seeds", "nissa"},
     subjects.SEED_HEALTH: {"kasmina-telemetry", "nissa"},
@@ -41,8 +41,8 @@ LISTENERS = {
     subjects.CARVE_EVENTS: {"emrakul-plans", "nissa"},
     subjects.BLUEPRINT_SUBMITTED: {"tezzeret-builds", "urabrask-warm", "nissa"},
     subjects.KERNEL_READY: {"urabrask-kernels", "nissa"},
-    subjects.KERNEL_CHARACTERIZED: {"nissa"},
-    subjects.FIELD_REPORTS: {"tamiyo-experience", "urza-usage", "nissa"},
+    subjects.KERNEL_CHARACTERIZED: {"karn-verdicts", "nissa"},
+    subjects.FIELD_REPORTS: {"tamiyo-experience", "urza-usage", "urabrask-reports", "karn-reports", "nissa"},
 }
 INTERFACE = blueprint_pb2.SlotInterface(
     layout=blueprint_pb2.LAYOUT_FEATURES, in_width=64, out_width=64, hidden_width=2, activation="relu", foldable=True
@@ -55,7 +55,7 @@ def poisons(subject: subjects.Subject) -> dict[str, bytes]:
         event_id=new_id(),
         type=sorted(subject.types)[0],
         schema_version=1,
-        producer="tolaria",
+        producer=min(subject.producers),
         run_id=RUN if subject.per_run else "",
         payload=b"",
         payload_sha256=sha256(b""),
@@ -73,6 +73,7 @@ def poisons(subject: subjects.Subject) -> dict[str, bytes]:
         "envelope": b"\xff\xfe" + sha256(subject.name.encode()).encode(),
         "digest": altered(payload=b"\x0a\x01x"),
         "unknown type": altered(type="esper.bus.v1.Rumour"),
+        "may not speak": altered(producer="nissa"),
         "": altered(),  # a payload without a single of its required fields
     }
 

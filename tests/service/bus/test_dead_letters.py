@@ -40,6 +40,7 @@ POISON = {
     ),
     "unknown type": (altered(type="esper.bus.v1.Rumour"), "unknown type 'esper.bus.v1.Rumour'"),
     "astray": (altered(type="esper.bus.v1.RunEnded"), "does not travel on system.events.epoch"),
+    "by somebody who may not": (altered(producer="karn"), "karn may not speak on system.events.epoch"),
     "another run's": (altered(run_id="run-2"), "an event of run 'run-2'"),
     "altered": (altered(payload=b"\x0a\x05run-9"), "does not match its digest"),
     "undecodable payload": (sealed(b"\xff\xff"), "is no esper.bus.v1.EpochCompleted"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from esper_core.blueprint.interface import Layout
 from esper_core.bus.envelope import Event, wrap
 from esper_core.ids import new_id
 from esper_core.kernel.manifest import KernelManifest
@@ -35,6 +36,7 @@ from tests.service.innovation.benches import library, running
 from tests.service.innovation.papers import Innovation, Kernel, interface, until
 
 CORPUS = "tests.corpus.child"
+WIDE = interface(layout=Layout.IMAGE, in_width=8, out_width=8, in_size=(20, 20), out_size=(20, 20), foldable=False)
 TARGET = "a machine of a test"
 
 
@@ -83,8 +85,9 @@ async def test_two_judges_share_the_work_and_never_a_kernel(bare: Innovation) ->
 async def test_a_bench_killed_in_the_middle_measures_anew(bare: Innovation) -> None:
     told: list[Any] = []
     one = judge(bare, "one", told)
+    await one.child.warm()
     async with running(one):
-        kernel_id = await queued(bare, bare.make(interface()))
+        kernel_id = await queued(bare, bare.make(WIDE, "conv_bypass_1x1"))  # takes a while
         await until(lambda: _examining(bare, kernel_id))
         pid = one.child.pid
         assert pid is not None

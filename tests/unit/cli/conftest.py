@@ -24,6 +24,7 @@ from esper_core.pb.esper.nissa.v1 import nissa_pb2_grpc
 from esper_core.pb.esper.tamiyo.v1 import tamiyo_pb2_grpc
 from esper_core.pb.esper.tezzeret.v1 import tezzeret_pb2_grpc
 from esper_core.pb.esper.tolaria.v1 import tolaria_pb2_grpc
+from esper_core.pb.esper.urabrask.v1 import urabrask_pb2_grpc
 from esper_core.pb.esper.urza.v1 import urza_pb2_grpc
 from esper_core.rpc.server import ServedService, serve
 from esper_core.rpc.tls import ServerTls
@@ -34,6 +35,7 @@ Answer = Callable[[Any], Any]
 _REGISTER = {
     "esper.urza.v1.UrzaService": urza_pb2_grpc.add_UrzaServiceServicer_to_server,
     "esper.tezzeret.v1.TezzeretService": tezzeret_pb2_grpc.add_TezzeretServiceServicer_to_server,
+    "esper.urabrask.v1.UrabraskService": urabrask_pb2_grpc.add_UrabraskServiceServicer_to_server,
     "esper.tamiyo.v1.TamiyoService": tamiyo_pb2_grpc.add_TamiyoServiceServicer_to_server,
     "esper.karn.v1.KarnService": karn_pb2_grpc.add_KarnServiceServicer_to_server,
     "esper.kasmina.v1.KasminaService": kasmina_pb2_grpc.add_KasminaServiceServicer_to_server,

@@ -61,6 +61,11 @@ def known(platform) -> None:
     other = run_pb2.Run(run_id="spirals-1")
     platform.on("ListRuns", lambda _: tolaria_pb2.ListRunsResponse(runs=[RUN, other]))
     platform.on("GetKernel", lambda request: urza_pb2.GetKernelResponse(kernel=record()))
+    platform.on("GetEvaluation", never_judged)
+
+
+def never_judged(request):
+    raise NotFound(f"{request.kernel_id} was never looked at")
 
 
 def record(**changes) -> kernel_pb2.KernelRecord:

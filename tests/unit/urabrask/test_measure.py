@@ -18,7 +18,7 @@ from esper_core.pb.esper.core.v1 import kernel_pb2
 from esper_core.rpc.convert import from_proto, to_proto
 from services.urabrask.measure import BATCH_BYTES, REPETITIONS, batch_for, claimed_flops, counted, measure
 from services.urabrask.safety import TOKENS, awaken, shapes
-from tests.corpus.kernels import SLOTS, described
+from tests.corpus.slots import SLOTS, described
 
 SLOT = SlotInterface(layout=Layout.FEATURES, in_width=12, out_width=7, hidden_width=3, activation="relu", foldable=True)
 
