@@ -103,8 +103,5 @@ def _trace(module: KernelModule, x: Tensor) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    import torch._functorch.aot_autograd
-    import torch.export  # both before the limits count what they hold
-
     torch.set_num_threads(1)
     serve({"forge": forge})

@@ -105,8 +105,8 @@ class Worker:
         self._name = f"forge-{new_id()}"
         self._toolchain = here()
         self._forge = Forge(self._name, self._toolchain)
-        self.child = WarmChild(MODULE, limits)
-        self.compiler = WarmChild(COMPILER_MODULE, COMPILER_LIMITS)
+        self.child = WarmChild(MODULE, limits, polite=True)
+        self.compiler = WarmChild(COMPILER_MODULE, COMPILER_LIMITS, polite=True)
 
     async def run(self) -> None:
         """Work until cancelled, or until the platform begins to stop.

@@ -147,7 +147,7 @@ def wished(interfaces: int) -> list[Wish]:
         slot = interface(in_width=24)
         fitting = candidates(slot)[:8]
         found += [
-            Wish(blueprint_id=ir.id, interface=slot, symbols=ir.bind(symbols), rank=rank).on(here())
+            Wish(blueprint_id=ir.id, interface=slot, symbols=ir.bind(symbols), pipeline="fast", rank=rank).on(here())
             for rank, (_, ir, symbols) in enumerate(fitting)
         ]
     return found
