@@ -160,7 +160,8 @@ class WarmChild:
     async def _read(self, process: asyncio.subprocess.Process, seconds: float, what: str) -> Job | None:
         assert process.stdout is not None  # noqa: S101 - a pipe was asked for
         try:
-            line = await self._line(process.pid, process.stdout, seconds)
+            pace = self._pace if what == "answer" else None  # its start cannot be put off for ever
+            line = await self._line(process.pid, process.stdout, seconds, pace)
         except TimeoutError:
             raise DeadlineExceeded(f"{self._module} did not {what} within {seconds:g} s and was killed") from None
         except ValueError:
@@ -172,16 +173,16 @@ class WarmChild:
             raise Internal(f"{self._module} answered nonsense: {line[:80]!r}")
         return said
 
-    async def _line(self, pid: int, source: asyncio.StreamReader, seconds: float) -> bytes:
+    async def _line(self, pid: int, source: asyncio.StreamReader, seconds: float, pace: Pace | None) -> bytes:
         """The next line, within ``seconds`` of having a core; raises TimeoutError."""
-        if self._pace is None:
+        if pace is None:
             return await asyncio.wait_for(source.readline(), seconds)
-        async with self._pace.kept(pid):
+        async with pace.kept(pid):
             reading = asyncio.create_task(source.readline())
-            deadline = asyncio.get_running_loop().time() + seconds - self._pace.lost
+            deadline = asyncio.get_running_loop().time() + seconds - pace.lost
             try:
                 while not reading.done():
-                    left = deadline + self._pace.lost - asyncio.get_running_loop().time()
+                    left = deadline + pace.lost - asyncio.get_running_loop().time()
                     if left <= 0:
                         raise TimeoutError
                     await asyncio.wait({reading}, timeout=left)

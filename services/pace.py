@@ -2,9 +2,10 @@
 
 Priorities alone do not do: the lowest one in another session takes a fair half of a core (Linux's autogroups), and in the
 same session it takes nothing at all for as long as somebody else computes. So the parent looks several times a second at
-the cores the child may use. As long as others leave most of one idle, the child runs. Otherwise it has a budget, a small share
-of one core that accrues with time and that it may save up for one slice: it is stopped (SIGSTOP, with whatever it has
-started) when that is used up and goes on when there is enough for another slice. It always makes progress.
+the cores the child may use. As long as others leave most of one idle, the child runs, and saves up for worse times: enough to
+answer at once somebody who asks for little. Otherwise it lives on what it has saved, and then on a budget, a small share of
+one core that accrues with time: it is stopped (SIGSTOP, with whatever it has started) when that is used up and goes on when
+there is enough for another slice. It always makes progress.
 
 Reads ``/proc/stat`` and ``/proc/<pid>/task``: on systems without them nothing is paced. Looks at whole cores, so work that a
 container's quota holds back is not seen. What others do between two looks, a tenth of a second, is not seen either.
@@ -25,7 +26,11 @@ from pathlib import Path
 SHARE = 0.04
 """Of one core, while none is free: what a trainer on that core loses at most, but for what switching costs."""
 SLICE_SECONDS = 0.02
-"""Budget that is saved up before the child goes on."""
+"""Budget that a stopped child goes on with."""
+SAVED_SECONDS = 2.0
+"""Processor time that a child may have saved, and that a new one has to begin with."""
+SAVING = 0.5
+"""Seconds saved in a second in which a core is free."""
 FREE_CORE = 0.6
 """Share of a core that others must leave idle for the child to run freely."""
 LOOK_SECONDS = 0.02
@@ -61,7 +66,7 @@ class Budget:
     """
 
     def __init__(self) -> None:
-        self.seconds = SLICE_SECONDS
+        self.seconds = SAVED_SECONDS
         self.running = True
         self.free = False
         self._looks: deque[Look] = deque()
@@ -76,11 +81,11 @@ class Budget:
         while len(self._looks) > 2 and look.at - self._looks[1].at >= WINDOW_SECONDS:
             self._looks.popleft()
         self.free = self._free()
+        passed, used = look.at - last.at, max(0.0, look.own - last.own)
         if self.free:
-            self.seconds, self.running = SLICE_SECONDS, True
+            self.seconds, self.running = min(SAVED_SECONDS, self.seconds + SAVING * passed), True
             return True
-        self.seconds += SHARE * (look.at - last.at) - max(0.0, look.own - last.own)
-        self.seconds = min(self.seconds, SLICE_SECONDS)
+        self.seconds = max(self.seconds, min(SLICE_SECONDS, self.seconds + SHARE * passed)) - used
         self.running = self.seconds > 0 if self.running else self.seconds >= SLICE_SECONDS
         return self.running
 
