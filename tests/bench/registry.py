@@ -21,11 +21,12 @@ ABOUT = {
     "library": "finding kernels among a million: p50 and p99 of every shape of question, index plans, and right answers",
     "bus": "outbox to JetStream to inbox: events per second and end-to-end latency",
     "forge": "builds and evaluations per minute, and what they cost a training run next door",
+    "pipelines": "the forge's three pipelines over the catalogue: builds, loads, and native against eager (compiles: minutes)",
     "stack": "`up` cold and warm, and healing after kill -9 of each child",
     "seeds": "the demo over many seeds, its healthy twin, and a static network of the grown shape",
     "presets": "every other task preset, a few seeds each (minutes: only when named)",
 }
-USUAL = tuple(name for name in ABOUT if name not in ("presets", "compiled", "ramp", "library"))
+USUAL = tuple(name for name in ABOUT if name not in ("presets", "compiled", "ramp", "library", "pipelines"))
 """What runs when nothing is named, within six minutes on two free cores."""
 GROUPS = {
     "exec": ("dormant", "compiled", "ramp", "swap", "cache", "telemetry", "boundary", "graft", "forge"),
