@@ -20,7 +20,6 @@ from esper_core.config import Endpoints, PlatformConfig
 from esper_core.local import stack as local_stack
 from tests.e2e.living import Living, living
 
-
 os.environ["ESPER_FORGE_POLITE"] = "0"  # tests keep every core busy and wait for kernels all the same
 
 
