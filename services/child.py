@@ -9,6 +9,7 @@ holds nothing but what it needs to find its modules; credentials of the platform
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ from typing import Any
 
 from esper_core import errors
 from esper_core.errors import DeadlineExceeded, Exhausted, Internal, Refused
+from services.pace import Pace
 from services.sandbox import MAX_LINE, Job, Limits
 
 _ROOT = str(Path(__file__).resolve().parents[1])
@@ -38,12 +40,14 @@ class WarmChild:
 
     Args:
         module: a module that calls ``services.sandbox.serve``.
-        limits: what the child may use.
+        limits: what the child may use; what it stands still for politeness is not counted as wall-clock time.
+        polite: whether it gives way to others (``services.pace``). Not for one that measures times.
     """
 
-    def __init__(self, module: str, limits: Limits) -> None:
+    def __init__(self, module: str, limits: Limits, *, polite: bool = False) -> None:
         self._module = module
         self._limits = limits
+        self._pace = Pace() if polite else None
         self._turn = asyncio.Lock()
         self._process: asyncio.subprocess.Process | None = None
         self._scratch: Path | None = None
@@ -144,6 +148,7 @@ class WarmChild:
                 cwd=self.scratch,
                 env=self._environment(),
                 limit=MAX_LINE,
+                process_group=0,
             )
         finally:
             stderr.close()
@@ -155,7 +160,8 @@ class WarmChild:
     async def _read(self, process: asyncio.subprocess.Process, seconds: float, what: str) -> Job | None:
         assert process.stdout is not None  # noqa: S101 - a pipe was asked for
         try:
-            line = await asyncio.wait_for(process.stdout.readline(), seconds)
+            pace = self._pace if what == "answer" else None  # its start cannot be put off for ever
+            line = await self._line(process.pid, process.stdout, seconds, pace)
         except TimeoutError:
             raise DeadlineExceeded(f"{self._module} did not {what} within {seconds:g} s and was killed") from None
         except ValueError:
@@ -166,6 +172,23 @@ class WarmChild:
         if not isinstance(said, dict) or not said.keys() & {"ok", "error", "ready"}:
             raise Internal(f"{self._module} answered nonsense: {line[:80]!r}")
         return said
+
+    async def _line(self, pid: int, source: asyncio.StreamReader, seconds: float, pace: Pace | None) -> bytes:
+        """The next line, within ``seconds`` of having a core; raises TimeoutError."""
+        if pace is None:
+            return await asyncio.wait_for(source.readline(), seconds)
+        async with pace.kept(pid):
+            reading = asyncio.create_task(source.readline())
+            deadline = asyncio.get_running_loop().time() + seconds - pace.lost
+            try:
+                while not reading.done():
+                    left = deadline + pace.lost - asyncio.get_running_loop().time()
+                    if left <= 0:
+                        raise TimeoutError
+                    await asyncio.wait({reading}, timeout=left)
+                return reading.result()
+            finally:
+                reading.cancel()
 
     def _environment(self) -> dict[str, str]:
         given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
@@ -190,7 +213,8 @@ class WarmChild:
         if process is None:
             return
         if process.returncode is None:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
         assert process.stdin is not None  # noqa: S101 - a pipe was asked for
         process.stdin.close()
         await process.wait()

@@ -17,6 +17,7 @@ systems without ``/proc`` the address-space cap is left to the operating system'
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -28,6 +29,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +78,8 @@ def serve(works: Mapping[str, Work]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCONT, partial(_gone_on, limits))
+    _go_on_without_parent()
     os.nice(19)
     _confine(limits)
     _say(answers, {"ready": os.getpid(), "secluded": seclude()})
@@ -134,6 +138,18 @@ def _allowance(limits: Limits) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
+
+
+def _gone_on(limits: Limits, *_: object) -> None:
+    """After a stop a job has its wall-clock allowance anew: the parent, which stops it, counts the time that it runs."""
+    if signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds + 5.0)
+
+
+def _go_on_without_parent() -> None:
+    """Have the kernel send SIGCONT when the parent dies: a child that it had stopped goes on, and so finds its input closed."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGCONT), 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ another stack, whole, with its services: for those who look at it from outside a
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -18,6 +19,8 @@ import pytest
 from esper_core.config import Endpoints, PlatformConfig
 from esper_core.local import stack as local_stack
 from tests.e2e.living import Living, living
+
+os.environ["ESPER_FORGE_POLITE"] = "0"  # tests keep every core busy and wait for kernels all the same
 
 
 @pytest.fixture(scope="session")

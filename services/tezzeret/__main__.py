@@ -1,7 +1,8 @@
 """``python -m services.tezzeret``: one more forge beside those of the platform, on this machine or another.
 
 It listens on nothing: it takes builds from the platform's database, reads and stores by way of Urza over mutual TLS, and
-signs with the forge's key. Any number may run; no two of them work on one build.
+signs with the forge's key. Any number may run; no two of them work on one build. It gives way to whatever else computes on
+its machine (``services.pace``) unless ``ESPER_FORGE_POLITE=0``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from services.bell import Bell
 from services.composition import supervise
 from services.tezzeret import builds
 from services.tezzeret.designs import Designs
-from services.tezzeret.worker import PRINCIPAL, Worker
+from services.tezzeret.worker import POLITE, PRINCIPAL, Worker
 
 POOL_SIZE = 4
 
@@ -63,7 +64,9 @@ async def forge(endpoints: Endpoints, lease_seconds: float) -> None:
     bell = Bell(database, draining)
     urza = urza_pb2_grpc.UrzaServiceStub(channel)  # type: ignore[no-untyped-call]
     key = endpoints.keys_dir / f"{PRINCIPAL}.key"
-    worker = Worker(database, bell, urza, Designs(urza), key, lease_seconds=lease_seconds)
+    worker = Worker(
+        database, bell, urza, Designs(urza), key, lease_seconds=lease_seconds, polite=os.environ.get(POLITE) != "0"
+    )
     tasks = [asyncio.create_task(supervise(*each, draining)) for each in (("bell", bell.listen), ("forge", worker.run))]
     await draining.wait()
     for task in tasks:

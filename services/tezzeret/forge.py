@@ -24,7 +24,7 @@ from esper_core.errors import Internal
 from esper_core.kernel.manifest import KernelManifest, Provenance
 from esper_core.kernel.pack import load, pack
 from services.sandbox import Job, peak_memory, serve
-from services.tezzeret.graph import examine
+from services.tezzeret.graph import examine, ready
 from services.tezzeret.toolchain import COMPILER, here
 
 PARITY_ROWS = 4
@@ -47,6 +47,8 @@ def forge(job: Job) -> Job:
         Refused: the blueprint does not fit, is too large, or leaves a weight without gradient.
         Internal: what was rebuilt from the artifact, or the exported graph, does not compute what was built.
     """
+    if job["pipeline"] != "fast":
+        ready()
     started = time.perf_counter()
     ir = BlueprintIR.model_validate(job["blueprint"])
     interface = SlotInterface.model_validate(job["interface"])
@@ -103,8 +105,5 @@ def _trace(module: KernelModule, x: Tensor) -> list[Tensor]:
 
 
 if __name__ == "__main__":
-    import torch._functorch.aot_autograd
-    import torch.export  # both before the limits count what they hold
-
     torch.set_num_threads(1)
     serve({"forge": forge})

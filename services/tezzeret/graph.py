@@ -38,6 +38,12 @@ class Graph:
     max_abs_diff: float
 
 
+def ready() -> None:
+    """Import what tracing needs, so that no build pays for it or is charged with its memory."""
+    import torch._functorch.aot_autograd
+    import torch.export  # noqa: F401
+
+
 def examine(module: KernelModule, x: Tensor) -> Graph:
     """Export ``module`` for batches like ``x`` and compare.
 

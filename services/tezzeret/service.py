@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 
 from esper_core.bus import subjects
@@ -13,7 +14,7 @@ from services.runtime import Platform, Service
 from services.tezzeret.designs import Designs
 from services.tezzeret.orders import Orders
 from services.tezzeret.servicer import TezzeretServicer
-from services.tezzeret.worker import PRINCIPAL, Worker
+from services.tezzeret.worker import POLITE, PRINCIPAL, Worker
 
 SERVICE = "esper.tezzeret.v1.TezzeretService"
 
@@ -23,7 +24,8 @@ async def build(platform: Platform) -> Service:
     urza = urza_pb2_grpc.UrzaServiceStub(platform.channel(PRINCIPAL))  # type: ignore[no-untyped-call]
     designs = Designs(urza)
     orders = Orders(platform.database, platform.bell, designs)
-    worker = Worker(platform.database, platform.bell, urza, designs, platform.endpoints.keys_dir / f"{PRINCIPAL}.key")
+    key = platform.endpoints.keys_dir / f"{PRINCIPAL}.key"
+    worker = Worker(platform.database, platform.bell, urza, designs, key, polite=os.environ.get(POLITE) != "0")
     take = partial(consume, platform.database, platform.bus)
     runs = partial(take, durable="tezzeret-runs", subjects=(subjects.RUN_EVENTS.all,), handler=orders.on_run)
     wishes = partial(

@@ -62,6 +62,9 @@ AWAY_SECONDS = 2.0
 REFUSED = (InvalidInput, Unsupported, Untrusted, Forbidden)
 """Trying again would end the same way."""
 
+POLITE = "ESPER_FORGE_POLITE"
+"""Environment variable: with 0 the forge of this process takes what its priority gives it, as on a machine of its own."""
+
 LOG = log.get(PRINCIPAL)
 
 
@@ -87,6 +90,7 @@ class Worker:
         key: path of the signing key (PEM).
         limits: of the child.
         lease_seconds: how long a claim lasts without a sign of life.
+        polite: whether it gives way to others on this machine; see ``services.pace``.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class Worker:
         key: Path,
         limits: Limits = LIMITS,
         lease_seconds: float = builds.LEASE_SECONDS,
+        *,
+        polite: bool = True,
     ) -> None:
         self._database, self._bell, self._designs = database, bell, designs
         self._upload = Upload(urza, key)
@@ -105,8 +111,8 @@ class Worker:
         self._name = f"forge-{new_id()}"
         self._toolchain = here()
         self._forge = Forge(self._name, self._toolchain)
-        self.child = WarmChild(MODULE, limits)
-        self.compiler = WarmChild(COMPILER_MODULE, COMPILER_LIMITS)
+        self.child = WarmChild(MODULE, limits, polite=polite)
+        self.compiler = WarmChild(COMPILER_MODULE, COMPILER_LIMITS, polite=polite)
 
     async def run(self) -> None:
         """Work until cancelled, or until the platform begins to stop.

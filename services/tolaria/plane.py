@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import TimeoutError as NotInTime
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from esper_core.bus.spool import Spool
 from esper_core.config import Endpoints
@@ -33,6 +35,9 @@ from services.tolaria.trainer import Stop
 LOOK_SECONDS = 0.5
 CALL_SECONDS = 5.0
 JUDGED = (int(KernelStatus.VALIDATED), int(KernelStatus.REJECTED), int(KernelStatus.RETIRED))
+
+Widths = Mapping[str, tuple[torch.Size, torch.Size]]
+"""Shapes of source and sink by slot."""
 
 
 class Plane(Protocol):
@@ -132,6 +137,8 @@ class Online:
             native=config.morphogenetic.native == "trusted",
         )
         self.link.start()
+        self._slots: list[Slot] = []
+        self._widths: Widths = {}
 
     def orders(self) -> list[Command]:
         return self._orders.take()
@@ -140,6 +147,7 @@ class Online:
         return self._carve_orders.take()
 
     def register(self, slots: list[Slot], epoch: int) -> None:
+        self._slots, self._widths = slots, _widths(slots)
         described = [
             run_pb2.Slot(slot=slot.name, interface=to_proto(slot.interface, blueprint_pb2.SlotInterface))
             for slot in slots
@@ -166,8 +174,14 @@ class Online:
             view.say(f"not every kernel was ready within {limit:g} s; training begins with those that are")
 
     def epoch(self, boundary: Boundary) -> None:
+        self._tell_growth(boundary.figures.epoch)
         if boundary.health:
             self.link.tell_health(boundary.figures.epoch, boundary.health)
+
+    def _tell_growth(self, epoch: int) -> None:
+        """Register again when the host has grown, or was resumed grown: kernels for its new widths are then built ahead."""
+        if _widths(self._slots) != self._widths:
+            self.register(self._slots, epoch)
 
     def close(self, view: View) -> None:
         left = self.link.close(self.config.services.drain_seconds)
@@ -178,6 +192,12 @@ class Online:
             )
         if self.link.dropped:
             view.say(f"{self.link.dropped} telemetry messages were dropped while the platform was away")
+
+
+def _widths(slots: list[Slot]) -> Widths:
+    """What growing changes of each slot's interface, at the price of looking at two shapes."""
+    found = ((slot.name, slot.layers) for slot in slots)
+    return {name: (layers[0].weight.shape, layers[1].weight.shape) for name, layers in found if layers is not None}
 
 
 class Stock:

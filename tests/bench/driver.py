@@ -32,18 +32,21 @@ class Driver:
         self._pipe.send("work")
 
     def rest(self) -> float:
-        """Finish what was begun; builds per second since ``work``."""
-        self._pipe.send("rest")
+        """Finish what was begun; builds per second from ``work`` until now, what ends after now left out."""
+        self._pipe.send(time.monotonic())
         rate: float = self._pipe.recv()
         return rate
 
 
 @contextlib.contextmanager
-def driving(cores: Collection[int] = ()) -> Iterator[Driver]:
-    """A driver whose forge is warm, kept to ``cores`` where some are named; ended afterwards."""
+def driving(cores: Collection[int] = (), *, polite: bool = True) -> Iterator[Driver]:
+    """A driver whose forge is warm, kept to ``cores`` where some are named; ended afterwards.
+
+    ``polite``: as the platform's forge is; otherwise it has nothing but the lowest priority.
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_main, args=(theirs, tuple(cores)))
+    process = context.Process(target=_main, args=(theirs, tuple(cores), polite))
     process.start()
     theirs.close()
     driver = Driver(ours)
@@ -76,24 +79,27 @@ def jobs(blob: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _main(pipe: Connection, cores: tuple[int, ...]) -> None:
+def _main(pipe: Connection, cores: tuple[int, ...], polite: bool) -> None:
     if cores:
         os.sched_setaffinity(0, cores)  # the forge's child inherits it
     with contextlib.suppress(EOFError, KeyboardInterrupt):
-        asyncio.run(_drive(pipe))
+        asyncio.run(_drive(pipe, polite))
 
 
-async def _drive(pipe: Connection) -> None:
-    forge = WarmChild(FORGE, Limits())
+async def _drive(pipe: Connection, polite: bool) -> None:
+    forge = WarmChild(FORGE, Limits(), polite=polite)
     orders = jobs(forge.scratch / "kernel")
+    await forge.ask(orders[0])
+    number = 0
     try:
         while True:
             pipe.recv()  # "work"; nothing else happens in this loop meanwhile
-            began, done = time.perf_counter(), 0
-            while not done or not pipe.poll():
-                await forge.ask(orders[done % len(orders)])
-                done += 1
-            pipe.recv()  # "rest"
-            pipe.send(done / (time.perf_counter() - began))
+            began, ends = time.monotonic(), list[float]()
+            while not pipe.poll():
+                await forge.ask(orders[number % len(orders)])
+                ends.append(time.monotonic())
+                number += 1
+            told = pipe.recv()  # "rest"
+            pipe.send(sum(end <= told for end in ends) / (told - began))
     finally:
         await forge.close()

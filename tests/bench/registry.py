@@ -23,12 +23,13 @@ ABOUT = {
     "forge": "builds and evaluations per minute, and what they cost a training run next door",
     "karn": "designs that Karn finds against random search and against itself without its surrogate, at equal budgets (minutes)",
     "judge": "Urabrask's verdicts: what is rejected and why, how far figures repeat, seconds per verdict",
+    "pipelines": "the forge's three pipelines over the catalogue: builds, loads, and native against eager (compiles: minutes)",
     "stack": "`up` cold and warm, and healing after kill -9 of each child",
     "seeds": "the demo over many seeds, its healthy twin, and a static network of the grown shape",
     "carve": "what carving frees and costs, against the run uncarved and a network as small from the start (minutes)",
     "presets": "every other task preset, a few seeds each (minutes: only when named)",
 }
-SLOW = ("presets", "karn", "compiled", "ramp", "library", "carve", "judge")
+SLOW = ("presets", "karn", "compiled", "ramp", "library", "carve", "judge", "pipelines")
 USUAL = tuple(name for name in ABOUT if name not in SLOW)
 """What runs when nothing is named, within six minutes on two free cores."""
 GROUPS = {

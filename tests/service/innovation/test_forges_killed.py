@@ -39,7 +39,7 @@ KILLS = 10
 BETWEEN = 0, 15  # builds done between an order and the kill
 PAUSE = 0, 0.012  # seconds between a claim and the kill: a build takes longer
 LEASE_SECONDS = 1.5
-PATIENCE = 200.0
+PATIENCE = 500.0
 FORGE = "services.tezzeret.forge"
 
 
@@ -103,7 +103,7 @@ def _plain(endpoints: Endpoints) -> dict[str, Any]:
     return {key: str(value) if isinstance(value, Path) else value for key, value in shown.items()}
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)  # on a machine that is busy with other things
 async def test_forges_killed_at_random_build_everything_exactly_once(stage: Stage, smithies: list[Smithy]) -> None:
     seed = int(os.environ.get("FAULT_SEED") or secrets.randbelow(2**32))
     print(f"replay: FAULT_SEED={seed} python -m pytest tests/service/innovation/test_forges_killed.py")
@@ -147,7 +147,7 @@ def wished(interfaces: int) -> list[Wish]:
         slot = interface(in_width=24)
         fitting = candidates(slot)[:8]
         found += [
-            Wish(blueprint_id=ir.id, interface=slot, symbols=ir.bind(symbols), rank=rank).on(here())
+            Wish(blueprint_id=ir.id, interface=slot, symbols=ir.bind(symbols), pipeline="fast", rank=rank).on(here())
             for rank, (_, ir, symbols) in enumerate(fitting)
         ]
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from esper_core.errors import Corrupt, Forbidden, NotFound, Untrusted
@@ -28,7 +30,7 @@ async def built(innovation: Innovation, request: tezzeret_pb2.SubmitBuildRequest
         build = (await innovation.tezzeret().GetBuild(asked)).build
         return build if build.state in (DONE, FAILED) else None
 
-    build: tezzeret_pb2.Build = await until(settled, 110)
+    build: tezzeret_pb2.Build = await until(settled, 800)
     assert build.state == DONE, build.reason
     return build
 
@@ -50,7 +52,24 @@ async def test_pipelines_add_to_the_papers_and_never_to_the_artifact(innovation:
     assert {record.manifest.provenance.native for record in records.values()} == {None}
 
 
-@pytest.mark.timeout(180)
+async def test_what_cannot_be_compiled_is_built_all_the_same_and_says_so(innovation: Innovation) -> None:
+    slot = interface(in_width=19, norm={}, source_bias_free=True)
+    build = await built(innovation, submission(slot, pipeline="aggressive"))
+    record = await innovation.record(build.kernel_id)
+    figures = record.manifest.provenance.native
+    assert figures is not None
+    assert (figures.shipped, figures.repetitions, figures.rows) == (False, 0, 64)
+    assert build.note == figures.reason
+    assert "statistics" in build.note
+    assert not build.HasField("native_ratio")
+    assert record.manifest.provenance.graph_ops > 0
+    wanted = native_pb2.StreamNativeRequest(kernel_id=build.kernel_id, target=here().target, toolchain=convention())
+    with pytest.raises(NotFound):
+        await fetched(innovation, wanted)
+
+
+@pytest.mark.skipif("ESPER_LONG" not in os.environ, reason="compiles C++ at the lowest priority: minutes when busy")
+@pytest.mark.timeout(900)
 async def test_an_aggressive_build_is_compiled_timed_and_shipped_only_where_it_is_faster(
     innovation: Innovation,
 ) -> None:

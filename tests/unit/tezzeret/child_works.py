@@ -53,6 +53,14 @@ def spin(job: Job) -> Job:
         pass
 
 
+def compute(job: Job) -> Job:
+    """Work that takes so many processor seconds."""
+    began = time.process_time()
+    while time.process_time() < began + job["seconds"]:
+        pass
+    return {"used": time.process_time() - began}
+
+
 def hoard(job: Job) -> Job:
     with peak_memory() as peak:
         held = bytearray(job["bytes"])
@@ -76,5 +84,5 @@ def babble(job: Job) -> Job:
 
 
 if __name__ == "__main__":
-    works = (echo, look, dial, refuse, hang, spin, hoard, die, break_down, babble)
+    works = (echo, compute, look, dial, refuse, hang, spin, hoard, die, break_down, babble)
     serve({work.__name__: work for work in works})
