@@ -115,7 +115,7 @@ async def test_emrakul_plans_and_the_run_carries_it_out(stage: Stage, tmp_path: 
     states = {state for _, state in story(done)}
     assert {PlanState.SEDATED, PlanState.REMOVED} <= states
     assert done.result.carved_parameters > 0
-    first = story(done)[0][0]
+    first = next(plan_id for plan_id, state in story(done) if state is PlanState.REMOVED)
 
     async def over() -> emrakul_pb2.Plan | None:
         plan = await read(stage, first)
