@@ -10,7 +10,7 @@ from esper_core.bus.envelope import Event, wrap
 from esper_core.bus.inbox import consume
 from esper_core.bus.outbox import enqueue
 from esper_core.control.carve.papers import CarveEvent, CarveOrder, CarveSurvey
-from esper_core.errors import Forbidden, InvalidInput
+from esper_core.errors import InvalidInput
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import carve_pb2
 from esper_core.pb.esper.emrakul.v1 import emrakul_pb2_grpc
@@ -22,7 +22,6 @@ from services.emrakul.servicer import EmrakulServicer
 from services.runtime import Platform, Service
 
 SERVICE = "esper.emrakul.v1.EmrakulService"
-EXECUTOR = "tolaria"
 
 
 class Facts:
@@ -36,14 +35,11 @@ class Facts:
 
         Raises:
             InvalidInput: the event contradicts itself; it belongs among the dead letters.
-            Forbidden: it was not told by a training process, and only those carve.
         """
         message, run_id = event.message, event.envelope.run_id
         told = message.run.run_id if isinstance(message, bus_pb2.RunRegistered) else message.run_id
         if told != run_id:
             raise InvalidInput(f"event {event.envelope.event_id} of run {run_id!r} speaks of {told!r}")
-        if event.envelope.producer != EXECUTOR:
-            raise Forbidden(f"{event.envelope.producer!r} may not speak for a run", hint="only training processes may")
         fact = Fact(event.envelope.event_id, run_id, event.envelope.sequence)
         if isinstance(message, bus_pb2.RunRegistered):
             await self._projection.register(connection, fact, message.epoch)

@@ -23,7 +23,7 @@ from esper_core.bus.spool import Spool
 from esper_core.config import Endpoints
 from esper_core.control.carve.papers import CarveOrder
 from esper_core.control.packet import Command, HealthSignal
-from esper_core.errors import EsperError, Exhausted, Forbidden
+from esper_core.errors import EsperError, Exhausted, InvalidInput
 from esper_core.log import get
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import carve_pb2, telemetry_pb2
@@ -33,7 +33,6 @@ from services.tolaria.orders import Orders
 
 log = get(__name__)
 PRINCIPAL = "tolaria"
-SCULPTOR = "emrakul"
 CALLS_AT_ONCE = 16
 TELEMETRY_WAITING = 64
 SIGNALS_PER_MESSAGE = 512
@@ -190,19 +189,13 @@ class Link:
         await consume_plain(bus, durable=f"{PRINCIPAL}-{self.run_id}", subjects=mine, handler=self._ordered)
 
     async def _ordered(self, event: Event) -> None:
-        """Keep an order.
-
-        Raises:
-            Forbidden: somebody ordered who may not; it belongs among the dead letters.
-        """
+        """Keep an order; who may give which, the bus has checked."""
         if not isinstance(event.message, carve_pb2.CarveOrder):
             self.orders.keep(from_proto(event.message, Command))
             return
-        if event.envelope.producer != SCULPTOR:
-            raise Forbidden(f"{event.envelope.producer!r} may not order a run to be carved", hint="only Emrakul may")
         order = from_proto(event.message, CarveOrder)
         if order.run_id != self.run_id:
-            raise Forbidden(f"an order for {order.run_id!r} came to {self.run_id!r}")
+            raise InvalidInput(f"an order for {order.run_id!r} came to {self.run_id!r}")
         self.carve_orders.keep(order)
 
     async def _send_telemetry(self, bus: Bus) -> None:

@@ -181,7 +181,8 @@ class Online:
     def _tell_growth(self, epoch: int) -> None:
         """Register again when the host has grown, or was resumed grown: kernels for its new widths are then built ahead."""
         if _widths(self._slots) != self._widths:
-            self.register(self._slots, epoch)
+            # From the next epoch on: a registration takes back what was told of its epoch and later ones.
+            self.register(self._slots, epoch + 1)
 
     def close(self, view: View) -> None:
         left = self.link.close(self.config.services.drain_seconds)

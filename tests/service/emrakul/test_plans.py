@@ -289,17 +289,29 @@ async def test_nobody_else_plans_or_orders(stage: Stage, run: str, principal: st
 
 
 async def test_only_training_processes_say_that_something_was_carved(stage: Stage, run: str) -> None:
-    """Such an event becomes a dead letter after some attempts; what each attempt comes to is seen here at once."""
     order = await apply(stage, (await plan(stage, run)).plan_id)
     event = CarveEvent(run_id=run, plan_id=order.plan_id, order_id=order.order_id, epoch=6, state=PlanState.REMOVED)
-    handle = Facts(Projection(Plans(stage.database, send))).handle
     subject = subjects.CARVE_EVENTS.of(run)
-    for producer in sorted(PRINCIPALS - {"tolaria"}):
+    forgers = sorted(PRINCIPALS - {"tolaria"})
+    for producer in forgers:
         forged = wrap(to_proto(event, carve_pb2.CarveEvent), producer=producer, run_id=run, epoch=6, sequence=99)
-        async with stage.database.acquire() as connection:
-            with pytest.raises(Forbidden, match=f"'{producer}' may not speak for a run"):
-                await handle(connection, unwrap(forged.SerializeToString(), subject))
+        await stage.bus.publish_bytes(subject, forged.SerializeToString(), message_id=forged.event_id)
+    await happened(stage, order, PlanState.SEDATED, 7)
+    told = await read(stage, order.plan_id)
+    assert [(PlanState(each.state), each.epoch) for each in told.events] == [(PlanState.SEDATED, 7)]
+
+    async def buried() -> bool:
+        rows = await stage.database.fetch("SELECT reason FROM bus.dead_letters WHERE subject = $1", subject)
+        return sum("may not speak" in row["reason"] for row in rows) >= len(forgers)
+
+    await until(buried, 20)
+
+
+async def test_a_run_speaks_of_itself_only(stage: Stage, run: str) -> None:
+    order = await apply(stage, (await plan(stage, run)).plan_id)
+    event = CarveEvent(run_id=run, plan_id=order.plan_id, order_id=order.order_id, epoch=6, state=PlanState.REMOVED)
     other = wrap(to_proto(event, carve_pb2.CarveEvent), producer="tolaria", run_id=f"{run}-b", epoch=6, sequence=99)
+    handle = Facts(Projection(Plans(stage.database, send))).handle
     async with stage.database.acquire() as connection:
         with pytest.raises(InvalidInput, match="speaks of"):
             await handle(connection, unwrap(other.SerializeToString(), subjects.CARVE_EVENTS.of(f"{run}-b")))

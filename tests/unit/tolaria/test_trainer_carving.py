@@ -51,12 +51,15 @@ def learner(run: Trainer) -> Growing:
 
 
 def test_interrupted_equals_uninterrupted(quick: MakeConfig, tmp_path: Path) -> None:
-    config = carving(quick, optimization={"epochs": 20})
+    config = carving(quick, optimization={"epochs": 15})
     whole = trainer(config, tmp_path / "whole")
     whole.train(Stop())
     assert {PlanState.SEDATED, PlanState.REMOVED} <= {state for _, state in states(whole)}
     assert any(event.target.name == "FOSSILIZED" for boundary in whole.boundaries for event in boundary.events)
-    for at in range(2, 20, 3):
+    silenced, gone = (
+        next(e for e, state in states(whole) if state is wanted) for wanted in (PlanState.SEDATED, PlanState.REMOVED)
+    )
+    for at in (silenced + 1, gone + 1, 13):  # with units on trial, with units gone, near the end
         directory = tmp_path / f"cut-{at}"
         first = trainer(config, directory)
         stop = StopAt(at)
