@@ -74,7 +74,7 @@ async def attempts(bare: Innovation, kernel_id: str) -> int:
 async def test_two_judges_share_the_work_and_never_a_kernel(bare: Innovation) -> None:
     kernel_ids = [await queued(bare, bare.make(interface())) for _ in range(8)]
     told: list[Any] = []
-    async with running(judge(bare, "one", told), judge(bare, "other", told)):
+    async with running(*(judge(bare, name, told, module=CORPUS) for name in ("one", "other"))):
         await until(lambda: done(bare, kernel_ids))
     assert Counter(record.manifest.kernel_id for _, record, _ in told) == dict.fromkeys(kernel_ids, 1)
     assert {name for name, _, _ in told} == {"one", "other"}
@@ -84,7 +84,7 @@ async def test_two_judges_share_the_work_and_never_a_kernel(bare: Innovation) ->
 
 async def test_a_bench_killed_in_the_middle_measures_anew(bare: Innovation) -> None:
     told: list[Any] = []
-    one = judge(bare, "one", told)
+    one = judge(bare, "one", told, module=CORPUS)
     await one.child.warm()
     async with running(one):
         kernel_id = await queued(bare, bare.make(WIDE, "conv_bypass_1x1"))  # takes a while
