@@ -85,7 +85,7 @@ def test_without_any_interface_one_is_told_what_to_do(platform, esperctl) -> Non
     assert (refused.exit_code, "hint: train a run first" in refused.stderr) == (5, True)
     assert "esperctl train digits" in esperctl("karn", "interfaces").stdout
     both = esperctl("karn", "run", "--run", "x", "--interface", "y")
-    assert (both.exit_code, "exclude" in both.stderr) == (2, True)
+    assert (both.exit_code, "stands alone" in both.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["archive.svg", "archive.html"])
