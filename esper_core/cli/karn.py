@@ -188,7 +188,7 @@ async def show_archive(
         call.output.note(f"drawn: {svg}")
     rows = [
         (
-            elite.proposal.blueprint_name, elite.proposal.worth, elite.proposal.learned, elite.units, elite.leaning,
+            _named(elite.proposal), elite.proposal.worth, elite.proposal.learned, elite.units, elite.leaning,
             elite.proposal.forward_seconds * 1e6, elite.proposal.operator, f"{elite.kept}/{elite.grafts}",
             short(elite.proposal.kernel_id),
         )
@@ -231,7 +231,7 @@ def proposals_table(proposals: Any, empty: str) -> RenderableType:
     """Proposals, one a line."""
     rows = [
         (
-            proposal.blueprint_name, enum_name(karn_pb2.ProposalState.DESCRIPTOR, proposal.state), proposal.operator,
+            _named(proposal), enum_name(karn_pb2.ProposalState.DESCRIPTOR, proposal.state), proposal.operator,
             _expected(proposal), proposal.worth if proposal.HasField("worth") else None, proposal.units,
             proposal.reason or proposal.why,
         )
@@ -327,6 +327,14 @@ def _standing(answer: karn_pb2.GetArchiveResponse) -> RenderableType:
             ("cells filled", f"{len(answer.elites)} of {cells}"), ("QD-score", answer.progress.score),
         ]
     )  # fmt: skip
+
+
+def _named(proposal: karn_pb2.Proposal) -> str:
+    """Its name; with its widths where the name alone, as in the catalogue, stands for several designs."""
+    symbols = proposal.blueprint.symbols
+    own = "-g" in proposal.blueprint_name or not symbols
+    widths = "" if own else " " + ",".join(f"{name}={symbols[name]}" for name in sorted(symbols))
+    return proposal.blueprint_name + widths
 
 
 def _expected(proposal: karn_pb2.Proposal) -> str:

@@ -118,8 +118,9 @@ class Searches:
         return await self._told(rows)
 
     async def stop(self, connection: Connection, search_id: str) -> None:
-        """End it, unless it is over."""
+        """End it, unless it is over, and forget what it proposed and nobody has begun to build."""
         await connection.execute("UPDATE karn.searches SET state = 3 WHERE search_id = $1 AND state = 1", search_id)
+        await connection.execute("DELETE FROM karn.designs WHERE search_id = $1 AND state = 1", search_id)
 
     async def bred(self, search_id: str, generation: int) -> set[str]:
         """Interfaces for which that generation has been bred."""

@@ -25,6 +25,11 @@ from tests.service.innovation.conftest import free_port
 from tests.service.innovation.papers import Innovation, Kernel, interface, run_id, until
 
 
+PATIENCE = 200.0
+"""Seconds for a handful of kernels to be built and judged; they are quick, but the children work at the lowest priority."""
+pytestmark = pytest.mark.timeout(240)
+
+
 @pytest.fixture(scope="module")
 async def karn(innovation: Innovation, endpoints: Endpoints) -> AsyncIterator[Any]:
     """Karn beside the running services, in a process of its own as far as it can tell."""
@@ -72,7 +77,7 @@ async def known(karn: Any, interface_id: str) -> bool:
 
 
 async def finished(karn: Any, search_id: str) -> karn_pb2.Search:
-    async with asyncio.timeout(100):
+    async with asyncio.timeout(PATIENCE):
         async for news in karn.WatchSearch(karn_pb2.WatchSearchRequest(search_id=search_id)):
             told = news.search
     return told
@@ -92,7 +97,7 @@ async def test_a_search_breeds_measures_and_remembers(karn: Any, innovation: Inn
     interface_id = await offer(innovation, interface(in_width=8, out_width=8))
     await until(lambda: known(karn, interface_id))
     begin = karn_pb2.StartSearchRequest(
-        search_id=f"search-{new_id()[-8:]}", interface_ids=[interface_id], generations=3, population=4, seed=5
+        search_id=f"search-{new_id()[-8:]}", interface_ids=[interface_id], generations=2, population=4, seed=5
     )
     await karn.StartSearch(begin)
     again = (await karn.StartSearch(begin)).search
@@ -102,7 +107,7 @@ async def test_a_search_breeds_measures_and_remembers(karn: Any, innovation: Inn
         await karn.StartSearch(begin)
 
     told = await finished(karn, begin.search_id)
-    assert (told.state, told.generation, told.waiting) == (karn_pb2.SEARCH_STATE_FINISHED, 3, 0)
+    assert (told.state, told.generation, told.waiting) == (karn_pb2.SEARCH_STATE_FINISHED, 2, 0)
     assert told.proposed + told.unfit > 0
     assert 0.3 < told.progress[0].best < 1
     archive = await karn.GetArchive(karn_pb2.GetArchiveRequest(interface_id=interface_id[:20]))
@@ -113,7 +118,7 @@ async def test_a_search_breeds_measures_and_remembers(karn: Any, innovation: Inn
 
     request = karn_pb2.ListProposalsRequest(search_id=begin.search_id)
     proposals = (await karn.ListProposals(request)).proposals
-    assert {each.generation for each in proposals} <= {0, 1, 2}
+    assert {each.generation for each in proposals} <= {0, 1}
     measured = [each for each in proposals if each.state == karn_pb2.PROPOSAL_STATE_MEASURED]
     children = [each for each in measured if each.parent_ids]
     assert children, "the later generations descend from what the first brought"
@@ -139,7 +144,7 @@ async def test_a_rejected_kernel_is_no_parent_and_never_tried_again(karn: Any, i
         request = karn_pb2.ListProposalsRequest(interface_id=slot.id)
         return [each.state for each in (await karn.ListProposals(request)).proposals]
 
-    assert await until(judged) == [karn_pb2.PROPOSAL_STATE_REJECTED]
+    assert await until(judged, PATIENCE) == [karn_pb2.PROPOSAL_STATE_REJECTED]
     archive = await karn.GetArchive(karn_pb2.GetArchiveRequest(interface_id=slot.id))
     assert not archive.elites
     wish = karn_pb2.ProposeRequest(interface_id=slot.id, count=30, seed=1, only_say=True)
@@ -161,7 +166,7 @@ async def test_what_runs_report_moves_a_design_s_worth(karn: Any, innovation: In
             return 0.0
         return archive.elites[0].proposal.worth if archive.elites else 0.0
 
-    before = await until(worth)
+    before = await until(worth, PATIENCE)
     report = decision_pb2.FieldReport(
         report_id=new_id(),
         run_id=run_id(),
@@ -184,17 +189,17 @@ async def test_a_search_goes_on_where_a_killed_one_was(innovation: Innovation, e
     async with serving(innovation, endpoints) as karn:
         interface_id = await offer(innovation, interface(in_width=8, out_width=8))
         await until(lambda: known(karn, interface_id))
-        begin = karn_pb2.StartSearchRequest(interface_ids=[interface_id], generations=2, population=3, seed=2)
+        begin = karn_pb2.StartSearchRequest(interface_ids=[interface_id], generations=2, population=2, seed=2)
         search_id = (await karn.StartSearch(begin)).search.search_id
 
         async def half_way() -> bool:
             told = (await karn.GetSearch(karn_pb2.GetSearchRequest(search_id=search_id))).search
             return 0 < told.waiting < told.proposed
 
-        await until(half_way)
+        await until(half_way, PATIENCE)
     async with serving(innovation, endpoints) as karn:
         told = await finished(karn, search_id)
         assert (told.state, told.generation) == (karn_pb2.SEARCH_STATE_FINISHED, 2)
         proposals = (await karn.ListProposals(karn_pb2.ListProposalsRequest(search_id=search_id))).proposals
-        assert len(proposals) == told.proposed <= 8
+        assert len(proposals) == told.proposed <= 4
         assert len({each.blueprint_id + str(each.blueprint.symbols) for each in proposals}) == len(proposals)

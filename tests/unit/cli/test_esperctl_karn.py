@@ -85,7 +85,7 @@ def test_without_any_interface_one_is_told_what_to_do(platform, esperctl) -> Non
     assert (refused.exit_code, "hint: train a run first" in refused.stderr) == (5, True)
     assert "esperctl train digits" in esperctl("karn", "interfaces").stdout
     both = esperctl("karn", "run", "--run", "x", "--interface", "y")
-    assert (both.exit_code, "exclude" in both.stderr) == (2, True)
+    assert (both.exit_code, "stands alone" in both.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["archive.svg", "archive.html"])
@@ -96,6 +96,7 @@ def test_the_archive_is_shown_and_drawn(platform, esperctl, tmp_path, name: str)
     assert result.exit_code == 0, result.output
     assert platform.asked[0].interface_id == ID[:20]
     assert "2 of 120" in result.stdout
+    assert "x width=8" in result.stdout
     text = path.read_text()
     assert "<b>low_rank" not in text
     picture = ET.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])  # noqa: S314 - ours
@@ -116,6 +117,7 @@ def test_proposals_say_what_was_expected_and_why(platform, esperctl) -> None:
     assert (platform.asked[0].search_id, platform.asked[0].state) == ("latest", karn_pb2.PROPOSAL_STATE_MEASURED)
     lines = result.stdout.splitlines()
     assert "0.600 ± 0.050" in lines[1]
+    assert lines[1].startswith("<b>low_rank-g1  MEASURED")
     assert lines[1].split()[-4:] == ["4.5", "size", "of", "low_rank"]
     assert lines[3].endswith("it explodes")
     told = json.loads(esperctl("karn", "proposals", "-o", "json").stdout)
