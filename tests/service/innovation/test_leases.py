@@ -11,9 +11,10 @@ import pytest
 
 import services.tezzeret
 import services.urabrask
+from esper_core.kernel.manifest import NativeFigures
 from esper_core.kernel.record import KernelStatus
 from esper_core.store.postgres import migrate, open_pool
-from services.tezzeret import builds
+from services.tezzeret import builds, forges
 from services.tezzeret.builds import BuildState, Wish
 from services.tezzeret.forges import Forge
 from services.tezzeret.toolchain import Toolchain
@@ -112,6 +113,37 @@ async def test_a_forge_is_known_while_it_gives_signs_of_life(pool: Pool) -> None
     assert (row["forge"], row["done"], row["failed"], row["later"]) == ("forge-1", 1, 1, True)
     await forge.leave(pool)
     assert await pool.fetchval("SELECT count(*) FROM tezzeret.forges") == 0
+
+
+async def test_the_status_counts_what_waits_what_runs_and_what_nobody_can_build(pool: Pool) -> None:
+    forge = Forge("forge-1", HERE)
+    await forge.beat(pool)
+    wishes = [Wish(blueprint_id="blueprint-" + "0" * 64, interface=interface()).on(kind) for kind in (HERE, HERE, HERE)]
+    wishes.append(wishes[0].model_copy(update={"target": ELSEWHERE.target}))
+    async with pool.acquire() as connection:
+        for wish in wishes:
+            await builds.add(connection, wish)
+    first = await builds.claim(pool, "forge-1", HERE, 0.05)
+    second = await builds.claim(pool, "forge-1", HERE)
+    assert first is not None
+    assert second is not None
+    assert await builds.postpone(pool, second.build_id, "forge-1", reason="away", delay_seconds=60, counts=False)
+    await asyncio.sleep(0.1)
+    found = await forges.status(pool)
+    assert (found.queued, found.postponed, found.stranded) == (3, 1, 1)
+    (running,) = found.running
+    assert (running.build_id, running.forge, running.lapsed) == (first.build_id, "forge-1", True)
+    assert running.age_seconds >= 0.1
+    native = NativeFigures(rows=64, step_ratio=0.8, repetitions=9, shipped=True)
+    async with pool.acquire() as connection:
+        done = {"kernel_id": "kernel-" + "0" * 64, "name": "x", "seconds": 2.0, "native": native}
+        assert await builds.finish(connection, first.build_id, "forge-1", **done)
+    (figures,) = (await forges.status(pool)).pipelines
+    assert (figures.done, figures.median_seconds, figures.compiled, figures.shipped) == (1, 2.0, 1, 1)
+    assert figures.median_native_ratio == 0.8
+    silent = await forges.status(pool, alive_seconds=0.0)
+    assert [forge.alive for forge in silent.forges] == [False]
+    assert silent.stranded == 3  # the done one is nobody's any more
 
 
 async def test_a_postponed_build_waits_and_a_released_one_does_not(pool: Pool) -> None:
