@@ -24,7 +24,6 @@ from services.composition import run
 from tests.service.innovation.conftest import free_port
 from tests.service.innovation.papers import Innovation, Kernel, interface, run_id, until
 
-
 PATIENCE = 200.0
 """Seconds for a handful of kernels to be built and judged; they are quick, but the children work at the lowest priority."""
 pytestmark = pytest.mark.timeout(240)
