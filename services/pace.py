@@ -134,6 +134,7 @@ class Pace:
                 await asyncio.sleep(LOOK_SECONDS if running else STOPPED_LOOK_SECONDS)
             finally:
                 self.lost += 0.0 if self.budget.free else (1 - SHARE) * (time.monotonic() - began)
+        _tell(pid, signal.SIGCONT)  # what cannot be seen is not paced
 
 
 def look(pid: int) -> Look | None:

@@ -87,7 +87,7 @@ def _main(pipe: Connection, cores: tuple[int, ...], polite: bool) -> None:
 
 
 async def _drive(pipe: Connection, polite: bool) -> None:
-    forge = WarmChild(FORGE, Limits(), polite=polite)
+    forge = WarmChild(FORGE, Limits(wall_seconds=600.0), polite=polite)  # the first build imports the tracer
     orders = jobs(forge.scratch / "kernel")
     await forge.ask(orders[0])
     number = 0
