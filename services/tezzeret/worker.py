@@ -51,9 +51,11 @@ from services.tezzeret.upload import Upload
 PRINCIPAL = "tezzeret"
 NEWS = "tezzeret"
 MODULE = "services.tezzeret.forge"
-LIMITS = Limits(wall_seconds=120.0, cpu_seconds=120.0)
+PACED_NICE = 10
+"""Enough standing to use its budget up, and far too little to take more from others in the meantime."""
+LIMITS = Limits(wall_seconds=120.0, cpu_seconds=120.0, nice=PACED_NICE)
 COMPILER_MODULE = "services.tezzeret.native"
-COMPILER_LIMITS = Limits(wall_seconds=600.0, cpu_seconds=300.0, open_files=256)
+COMPILER_LIMITS = Limits(wall_seconds=600.0, cpu_seconds=300.0, open_files=256, nice=PACED_NICE)
 """Compiling takes some 15 s of a core alone, and the C++ compiler's memory is its own."""
 MAX_FAILURES = 3
 RETRY_SECONDS = 0.5

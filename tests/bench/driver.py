@@ -17,6 +17,7 @@ from esper_core.blueprint.interface import Layout, SlotInterface
 from services.child import WarmChild
 from services.sandbox import Limits
 from services.tezzeret.assortment import assortment
+from services.tezzeret.worker import PACED_NICE
 
 FORGE = "services.tezzeret.forge"
 
@@ -87,7 +88,9 @@ def _main(pipe: Connection, cores: tuple[int, ...], polite: bool) -> None:
 
 
 async def _drive(pipe: Connection, polite: bool) -> None:
-    forge = WarmChild(FORGE, Limits(wall_seconds=600.0), polite=polite)  # the first build imports the tracer
+    forge = WarmChild(
+        FORGE, Limits(wall_seconds=600.0, nice=PACED_NICE if polite else 19), polite=polite
+    )  # the first build imports the tracer
     orders = jobs(forge.scratch / "kernel")
     await forge.ask(orders[0])
     number = 0

@@ -171,6 +171,7 @@ def _beside(case: Case, rounds: int, device: str) -> tuple[list[Row], list[Row]]
                 windows[name].append(_train(step, WINDOW, device))
                 if name == "working":
                     beside.append(driver.rest())
+        for _ in range(rounds):  # not between the others: a polite forge saves up while nobody trains
             driver.work()
             time.sleep(WINDOW / 2)
             alone.append(driver.rest())
