@@ -22,7 +22,7 @@ from esper_core.blueprint.interface import Layout, SlotInterface
 from esper_core.cli.platform import Platform, dial
 from esper_core.errors import Corrupt, Exhausted, InvalidInput, NotFound, Untrusted
 from esper_core.lifecycle import State
-from esper_core.pb.esper.core.v1 import blueprint_pb2
+from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 from esper_core.pb.esper.tezzeret.v1 import tezzeret_pb2
 from esper_core.pb.esper.tolaria.v1 import tolaria_pb2
@@ -103,6 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 async def answers(platform: Living, grown: Grown, folder: Path) -> dict[str, Answer]:
     """What every wrong command came to; afterwards the right ones still work and have lost nothing."""
+    await until(lambda: _settled(platform), 120)  # the grown host's new slots have been offered kernels as well
     before = await _everything(platform)
     room = asyncio.Semaphore(2)
 
@@ -248,20 +249,20 @@ async def test_a_kernel_altered_in_the_store_is_refused_by_everyone(
     platform: Living, grown: Grown, api: Platform, tmp_path: Path
 ) -> None:
     """By who verifies it, by who pulls it, and by the run that was ordered to grow with it."""
-    found = await platform.read("kernel", "list", "--slot", AFTER, "--run", "adaptation", "--status", "validated")
-    kernel = found[-1]["manifest"]
-    [stored] = (platform.data_dir / "s3").rglob(kernel["blob_sha256"])
-    _flip(stored, -1)
+    settings = {"optimization": {"epochs": 15}, "morphogenetic": {"growth": {"warmup_epochs": 1000}}}
+    training = platform.train("tampered", "--no-twin", settings=settings)
+    await training.reaches(1)
+    with training.paused():
+        await until(lambda: _known(api, "tampered"))
+        found = await platform.read("kernel", "list", "--slot", AFTER, "--run", "tampered", "--status", "validated")
+        kernel = found[-1]["manifest"]
+        [stored] = (platform.data_dir / "s3").rglob(kernel["blob_sha256"])
+        _flip(stored, -1)
+        order = await platform.read("seed", "germinate", AFTER, kernel["kernel_id"], "--run", "tampered")
     try:
         _refused(platform.esperctl("kernel", "verify", kernel["kernel_id"]), Corrupt.exit_code)
         _refused(platform.esperctl("kernel", "pull", kernel["kernel_id"], "--to", str(tmp_path)), Corrupt.exit_code)
         assert not _files(tmp_path)
-        settings = {"optimization": {"epochs": 15}, "morphogenetic": {"growth": {"warmup_epochs": 1000}}}
-        training = platform.train("tampered", "--no-twin", settings=settings)
-        await training.reaches(1)
-        with training.paused():
-            await until(lambda: _known(api, "tampered"))
-            order = await platform.read("seed", "germinate", AFTER, kernel["kernel_id"], "--run", "tampered")
         assert await training.ends() == 0, training.stderr
         changes = [event.message for event in training.told() if event.envelope.type == "esper.core.v1.SeedEvent"]
         assert [change.target for change in changes][:3] == [State.GERMINATED, State.LOADING, State.CULLED]
@@ -316,6 +317,16 @@ async def _everything(platform: Living) -> tuple[Message, ...]:
             await api.urza.ListBlueprints(urza_pb2.ListBlueprintsRequest()),
             await api.urza.QueryKernels(urza_pb2.QueryKernelsRequest(page_size=1000)),
         )
+
+
+async def _settled(platform: Living) -> bool:
+    """Whether nothing waits to be built or judged."""
+    async with dial(platform.data_dir) as api:
+        builds = (await api.tezzeret.ListBuilds(tezzeret_pb2.ListBuildsRequest(page_size=1000))).builds
+        kernels = (await api.urza.QueryKernels(urza_pb2.QueryKernelsRequest(page_size=1000))).kernels
+    ended = (tezzeret_pb2.BUILD_STATE_DONE, tezzeret_pb2.BUILD_STATE_FAILED)
+    judged = all(kernel.status != kernel_pb2.KERNEL_STATUS_COMPILED for kernel in kernels)
+    return judged and all(build.state in ended for build in builds)
 
 
 async def _known(api: Platform, run_id: str) -> bool:

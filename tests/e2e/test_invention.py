@@ -39,7 +39,7 @@ async def test_what_karn_invents_takes_root_in_the_next_network(platform: Living
     training = platform.train("invention")
     assert await training.ends() == 0, training.stderr
     seed = await platform.read("seed", "show", NARROW, "--run", "invention")
-    record = (await platform.read("kernel", "show", seed["kernel_id"]))["kernel"]
+    record = await platform.read("kernel", "show", seed["kernel_id"])
     assert (seed["state"], record["born_of"]) == ("FOSSILIZED", "karn")
     assert record["manifest"]["blueprint_id"] in {proposal["blueprint_id"] for proposal in ours}
     assert record["manifest"]["parameters"] < _parameters(platform, grown)
@@ -48,4 +48,4 @@ async def test_what_karn_invents_takes_root_in_the_next_network(platform: Living
 def _parameters(platform: Living, grown: Grown) -> int:
     """Of the catalogue's kernel that the run before chose."""
     shown = json.loads(platform.esperctl("kernel", "show", grown.seed["kernel_id"], "-o", "json").stdout)
-    return int(shown["kernel"]["manifest"]["parameters"])
+    return int(shown["manifest"]["parameters"])

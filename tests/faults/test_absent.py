@@ -22,7 +22,7 @@ from esper_core.pb.esper.tolaria.v1 import tolaria_pb2
 from tests.e2e.living import Living, Training, until
 
 pytestmark = pytest.mark.timeout(300)  # on a machine that is busy with other things
-LONG, SHORT = 60, 4
+LONG, SHORT = 200, 4
 LEFT = {
     "optimization": {"epochs": LONG},
     "morphogenetic": {"decision_wait_seconds": 0.5, "growth": {"evaluate_at_most_every": 2}},
