@@ -23,11 +23,13 @@ def main() -> int:
     esperctl.show("up")
     training = ("train", options.preset, "--repeat", str(options.repeat))
     before = esperctl.last_line(*training)
-    slot = esperctl.ask("seed", "list", "--run", before["run"], "--state", "fossilized")[0]["slot"]
-    say(f"\nIt grew at {slot}. Karn designs kernels for that slot; Tezzeret builds, Urabrask measures each:")
+    grown = esperctl.ask("seed", "list", "--run", before["run"], "--state", "fossilized")[0]
+    # The slot as it was: the network that grew offers another one there now.
+    slot = esperctl.ask("kernel", "show", grown["kernel_id"])["interface_id"]
+    say(f"\nIt grew at {grown['slot']}. Karn designs kernels for such a slot; Tezzeret builds, Urabrask measures each:")
     size = ("-g", str(options.generations), "-p", str(options.population), "--seed", str(options.seed))
-    esperctl.show("karn", "run", "--run", before["run"], "--slot", slot, *size)
-    esperctl.show("karn", "archive")
+    esperctl.show("karn", "run", "--interface", slot, *size)
+    esperctl.show("karn", "archive", "--interface", slot)
     search = esperctl.ask("karn", "searches")[0]
     say("\nThe same training once more; the controller now chooses among what Karn invented as well:")
     after = esperctl.last_line(*training)

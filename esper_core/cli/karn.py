@@ -61,7 +61,9 @@ async def run_search(
     population: Annotated[
         int, typer.Option("--population", "-p", min=1, max=256, help="Proposals per generation.")
     ] = 8,
-    run: Annotated[str | None, typer.Option("--run", help="For the slots of this run, or of the latest.")] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="For this run's slots as they are now, or the latest's.")
+    ] = None,
     slot: Annotated[list[str] | None, typer.Option("--slot", help="Only for this slot of it; may be repeated.")] = None,
     interface: InterfaceOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of its chance; 0 draws one.")] = 0,
