@@ -18,9 +18,8 @@ GENERATIONS, POPULATION = 3, 2
 RUN = {"optimization": {"epochs": 2}, "morphogenetic": {"prepare_seconds": 1, "spans": [NARROW.split(":")]}}
 
 
-@pytest.mark.parametrize("at", [1])
-async def test_a_search_survives_kill_nine(platform: Living, at: int) -> None:
-    training = platform.train(f"muse-{at}", "--no-twin", settings=RUN)
+async def test_a_search_survives_kill_nine(platform: Living) -> None:
+    training = platform.train("muse", "--no-twin", settings=RUN)
     assert await training.ends() == 0, training.stderr
 
     async def met() -> list[dict[str, Any]]:
@@ -28,7 +27,7 @@ async def test_a_search_survives_kill_nine(platform: Living, at: int) -> None:
         return known
 
     slot = (await until(met))[0]["interface_id"]
-    size = ("-g", str(GENERATIONS), "-p", str(POPULATION), "--seed", str(7 + at))
+    size = ("-g", str(GENERATIONS), "-p", str(POPULATION), "--seed", "8")
     search = (await platform.read("karn", "run", "--interface", slot, *size, "--detach"))["search_id"]
 
     async def now() -> dict[str, Any]:
@@ -37,7 +36,7 @@ async def test_a_search_survives_kill_nine(platform: Living, at: int) -> None:
 
     async def under_way() -> bool:
         told = await now()
-        return told["generation"] >= at and told["proposed"] > at * POPULATION
+        return bool(told["generation"] >= 1 and told["proposed"] > POPULATION)
 
     await until(under_way, 120)
     killed = platform.pid("services")
