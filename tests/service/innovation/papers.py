@@ -134,7 +134,7 @@ async def parts(kernel: Kernel) -> AsyncIterator[urza_pb2.UploadKernelRequest]:
         yield urza_pb2.UploadKernelRequest(chunk=kernel.blob[start : start + CHUNK])
 
 
-async def until(condition: Callable[[], Awaitable[Any]], seconds: float = 60.0) -> Any:
+async def until(condition: Callable[[], Awaitable[Any]], seconds: float = 150.0) -> Any:
     """Wait until ``condition`` is true and return what it said."""
     async with asyncio.timeout(seconds):
         while not (said := await condition()):  # noqa: ASYNC110 - what is awaited happens in a server

@@ -25,6 +25,8 @@ from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import to_proto
 from tests.service.innovation.papers import Innovation, interface, run_id, until
 
+pytestmark = pytest.mark.timeout(240)  # on a machine that is busy with other things
+
 DONE, FAILED = tezzeret_pb2.BUILD_STATE_DONE, tezzeret_pb2.BUILD_STATE_FAILED
 
 

@@ -20,6 +20,8 @@ from esper_core.pb.esper.urabrask.v1 import urabrask_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from tests.service.innovation.papers import Innovation, Kernel, interface, until
 
+pytestmark = pytest.mark.timeout(240)  # on a machine that is busy with other things
+
 DONE = urabrask_pb2.PHASE_DONE
 
 
