@@ -22,7 +22,7 @@ def main() -> int:
     esperctl = Esperctl(options.esperctl)
     esperctl.show("up")
     training = ("train", options.preset, "--repeat", str(options.repeat))
-    before = esperctl.last_line(*training)
+    before = esperctl.ask(*training)
     grown = esperctl.ask("seed", "list", "--run", before["run"], "--state", "fossilized")[0]
     # The slot as it was: the network that grew offers another one there now.
     slot = esperctl.ask("kernel", "show", grown["kernel_id"])["interface_id"]
@@ -32,7 +32,7 @@ def main() -> int:
     esperctl.show("karn", "archive", "--interface", slot)
     search = esperctl.ask("karn", "searches")[0]
     say("\nThe same training once more; the controller now chooses among what Karn invented as well:")
-    after = esperctl.last_line(*training)
+    after = esperctl.ask(*training)
     found = esperctl.ask("kernel", "query", "--born-of", "karn", "--by", "interest", "--limit", "1000")["kernels"]
     born = {kernel["manifest"]["kernel_id"] for kernel in found}
     runs = [seed["run"] for seed in after["seeds"]]
@@ -67,11 +67,6 @@ class Esperctl:
         """For this program."""
         done = subprocess.run([self.path, *words, "-o", "json"], stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout)
-
-    def last_line(self, *words: str) -> Any:
-        """The result of something long that tells how it gets on."""
-        done = subprocess.run([self.path, *words, "-o", "json"], stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout.splitlines()[-1])
 
 
 def say(text: str) -> None:

@@ -28,8 +28,8 @@ from esper_core.cli.output import (
     table,
     words,
 )  # fmt: skip
-from esper_core.cli.resolve import LATEST, run_of
-from esper_core.errors import Conflict, InvalidInput, nearest
+from esper_core.cli.resolve import LATEST, run_of, slot_of
+from esper_core.errors import Conflict, InvalidInput
 from esper_core.pb.esper.core.v1 import blueprint_pb2
 from esper_core.pb.esper.karn.v1 import karn_pb2
 
@@ -256,11 +256,9 @@ async def _wanted(platform: Platform, run: str | None, slots: list[str], interfa
     found = await run_of(platform, run or LATEST)
     if not found.slots:
         raise Conflict(f"run {found.run_id} offers no slots", hint=NOTHING)
-    offered = {slot.slot: slot.interface for slot in found.slots}
-    for slot in slots:
-        if slot not in offered:
-            raise InvalidInput(f"run {found.run_id} has no slot {slot!r}", hint=nearest(slot, offered))
-    return list(dict.fromkeys(from_proto(offered[slot], SlotInterface).id for slot in slots or offered))
+    chosen = {slot_of(found, slot) for slot in slots} or {slot.slot for slot in found.slots}
+    ids = [from_proto(slot.interface, SlotInterface).id for slot in found.slots if slot.slot in chosen]
+    return list(dict.fromkeys(ids))
 
 
 async def _follow(call: Invocation, platform: Platform, search_id: str) -> None:

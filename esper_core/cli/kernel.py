@@ -14,8 +14,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColu
 from esper_core.cli import query
 from esper_core.cli.command import Invocation, command, noun
 from esper_core.cli.evaluation import duration, evaluation_of, findings
-from esper_core.cli.output import cell, console, enum_name, enum_value, fields, number, plain, short, table
-from esper_core.cli.query import StatusName, interface_of
+from esper_core.cli.output import cell, console, enum_name, fields, number, plain, short, table
+from esper_core.cli.query import StatusName, narrow
 from esper_core.cli.resolve import LATEST, content_id, kernel_of, run_of, slot_of
 from esper_core.cli.seed import ordered
 from esper_core.ids import new_id
@@ -47,14 +47,8 @@ async def list_kernels(
     Example:  esperctl kernel list --slot fc1:fc2 --status validated
     """
     request = urza_pb2.QueryKernelsRequest(required_tags=tag or [], max_parameters=max_parameters, page_size=limit)
-    if status is not None:
-        request.status = enum_value(KernelStatus.DESCRIPTOR, status.name)
     async with call.platform() as platform:
-        if slot is not None:
-            request.interface_id = await interface_of(platform, slot, run)
-        if blueprint is not None:
-            named = await platform.urza.GetBlueprint(urza_pb2.GetBlueprintRequest(blueprint_id=blueprint))
-            request.blueprint_id = named.blueprint_id
+        await narrow(platform, request, status, slot, run, blueprint)
         answer: urza_pb2.QueryKernelsResponse = await platform.urza.QueryKernels(request)
     rows = [
         (

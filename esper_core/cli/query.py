@@ -86,14 +86,8 @@ async def query(
         max_memory_bytes=max_memory, target=target, born_of=born_of, page_size=limit, page_token=after,
         order=enum_value(urza_pb2.KernelOrder.DESCRIPTOR, by.name),
     )  # fmt: skip
-    if status is not None:
-        request.status = enum_value(KernelStatus.DESCRIPTOR, status.name)
     async with call.platform() as platform:
-        if slot is not None:
-            request.interface_id = await interface_of(platform, slot, run)
-        if blueprint is not None:
-            named = await platform.urza.GetBlueprint(urza_pb2.GetBlueprintRequest(blueprint_id=blueprint))
-            request.blueprint_id = named.blueprint_id
+        await narrow(platform, request, status, slot, run, blueprint)
         answer: urza_pb2.QueryKernelsResponse = await platform.urza.QueryKernels(request)
     rows = [_row(record, usage) for record, usage in zip(answer.kernels, answer.usage, strict=True)]
     columns: tuple[str, ...] = (
@@ -105,6 +99,24 @@ async def query(
     call.output.document(plain(answer), table(columns, rows, empty="no kernels"))
     if answer.next_page_token and not call.output.json:
         call.output.note(f"there are more: --after {answer.next_page_token}")
+
+
+async def narrow(
+    platform: Platform,
+    request: urza_pb2.QueryKernelsRequest,
+    status: StatusName | None,
+    slot: str | None,
+    run: str,
+    blueprint: str | None,
+) -> None:
+    """Ask only for a status, for a run's slot, of a blueprint, as far as they are given in people's words."""
+    if status is not None:
+        request.status = enum_value(KernelStatus.DESCRIPTOR, status.name)
+    if slot is not None:
+        request.interface_id = await interface_of(platform, slot, run)
+    if blueprint is not None:
+        named = await platform.urza.GetBlueprint(urza_pb2.GetBlueprintRequest(blueprint_id=blueprint))
+        request.blueprint_id = named.blueprint_id
 
 
 async def interface_of(platform: Platform, slot: str, run: str) -> str:

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from esper_core.bus.database import Connection
 from esper_core.control.carve.papers import CarveEvent, CarveSurvey, Proposal
 from services.emrakul.plans import Plans
+from services.fact import Fact
 
 _ORDER = "SELECT pg_advisory_xact_lock(hashtext('emrakul.plans'))"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """Where something was said: ``sequence`` is its position among its run's facts and decides between two of them."""
-
-    event_id: str
-    run_id: str
-    sequence: int
 
 
 class Projection:

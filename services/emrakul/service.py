@@ -10,15 +10,15 @@ from esper_core.bus.envelope import Event, wrap
 from esper_core.bus.inbox import consume
 from esper_core.bus.outbox import enqueue
 from esper_core.control.carve.papers import CarveEvent, CarveOrder, CarveSurvey
-from esper_core.errors import InvalidInput
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import carve_pb2
 from esper_core.pb.esper.emrakul.v1 import emrakul_pb2_grpc
 from esper_core.rpc.convert import from_proto, to_proto
 from esper_core.rpc.server import ServedService
 from services.emrakul.plans import SCULPTOR, Plans
-from services.emrakul.projection import Fact, Projection
+from services.emrakul.projection import Projection
 from services.emrakul.servicer import EmrakulServicer
+from services.fact import fact_of
 from services.runtime import Platform, Service
 
 SERVICE = "esper.emrakul.v1.EmrakulService"
@@ -36,11 +36,7 @@ class Facts:
         Raises:
             InvalidInput: the event contradicts itself; it belongs among the dead letters.
         """
-        message, run_id = event.message, event.envelope.run_id
-        told = message.run.run_id if isinstance(message, bus_pb2.RunRegistered) else message.run_id
-        if told != run_id:
-            raise InvalidInput(f"event {event.envelope.event_id} of run {run_id!r} speaks of {told!r}")
-        fact = Fact(event.envelope.event_id, run_id, event.envelope.sequence)
+        fact, message = fact_of(event), event.message
         if isinstance(message, bus_pb2.RunRegistered):
             await self._projection.register(connection, fact, message.epoch)
         elif isinstance(message, bus_pb2.RunEnded):

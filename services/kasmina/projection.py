@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from esper_core.bus.database import Connection
 from esper_core.lifecycle import State
+from services.fact import Fact
 
 Json = Mapping[str, Any]
 
@@ -49,15 +49,6 @@ FROM (
 GROUP BY slot, generation ORDER BY slot, generation
 ON CONFLICT DO NOTHING
 """
-
-
-@dataclass(frozen=True)
-class Fact:
-    """Where something was said: ``sequence`` is its position among its run's facts and decides between two of them."""
-
-    event_id: str
-    run_id: str
-    sequence: int
 
 
 class Projection:

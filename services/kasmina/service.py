@@ -24,8 +24,9 @@ from esper_core.pb.esper.urza.v1 import urza_pb2, urza_pb2_grpc
 from esper_core.rpc.convert import from_proto, to_proto
 from esper_core.rpc.server import ServedService
 from services.bell import Bell
+from services.fact import fact_of
 from services.kasmina.orders import Kernel, Orders
-from services.kasmina.projection import Fact, Projection
+from services.kasmina.projection import Projection
 from services.kasmina.seeds import Seeds
 from services.kasmina.servicer import NEWS, KasminaServicer
 from services.runtime import Platform, Service
@@ -49,11 +50,8 @@ class Facts:
         Raises:
             InvalidInput: the event contradicts itself; it belongs among the dead letters.
         """
-        message, run_id = event.message, event.envelope.run_id
-        told = message.run.run_id if isinstance(message, bus_pb2.RunRegistered) else message.run_id
-        if told != run_id:
-            raise InvalidInput(f"event {event.envelope.event_id} of run {run_id!r} speaks of {told!r}")
-        fact = Fact(event.envelope.event_id, run_id, event.envelope.sequence)
+        fact, message = fact_of(event), event.message
+        run_id = fact.run_id
         if isinstance(message, bus_pb2.RunRegistered):
             await self._projection.register(connection, fact, message.epoch, _interfaces(message))
         elif isinstance(message, bus_pb2.RunEnded):

@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from esper_core import log
 from esper_core.errors import AlreadyExists, Conflict
 from esper_core.ids import check_name
 from services.tolaria.config import ServicesConfig
-from services.tolaria.edge import answered
+from services.tolaria.edge import writing
 from services.tolaria.export import run_directory
 
 if TYPE_CHECKING:
@@ -57,9 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(stderr=True)
-    log.configure("tolaria", json=not console.is_terminal, level="warning")
-    return answered(console, lambda: carve(arguments), interrupted="stopped; nothing was written")
+    return writing(lambda: carve(arguments))
 
 
 def carve(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,13 @@ from esper_core.errors import EsperError
 from esper_core.ids import new_id
 
 
+def writing(work: Callable[[], int]) -> int:
+    """The exit code of a command that writes all or nothing, with only its warnings logged."""
+    console = Console(stderr=True)
+    log.configure("tolaria", json=not console.is_terminal, level="warning")
+    return answered(console, work, interrupted="stopped; nothing was written")
+
+
 def answered(console: Console, work: Callable[[], int], interrupted: str) -> int:
     """The exit code of ``work``, or of what went wrong in it.
 

@@ -14,10 +14,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from esper_core import log
 from esper_core.errors import NotFound, nearest
 from services.tolaria.config import ServicesConfig
-from services.tolaria.edge import answered
+from services.tolaria.edge import writing
 
 FORMATS = ("safetensors", "torch", "onnx")
 
@@ -39,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     arguments = parser().parse_args(argv)
-    console = Console(stderr=True)
-    log.configure("tolaria", json=not console.is_terminal, level="warning")
-    return answered(console, lambda: export(arguments), interrupted="stopped; nothing was written")
+    return writing(lambda: export(arguments))
 
 
 def export(arguments: argparse.Namespace) -> int:

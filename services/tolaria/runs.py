@@ -16,27 +16,13 @@ import asyncpg
 from esper_core.bus.database import Connection, Pool
 from esper_core.errors import NotFound, nearest
 from services import page
+from services.fact import Fact
 
 Json = dict[str, Any]
 
 RUNNING = 1
 LATEST = "latest"
 _ORDER = "SELECT pg_advisory_xact_lock(hashtext('tolaria.epochs'))"
-
-
-@dataclass(frozen=True)
-class Fact:
-    """Where and when something was said about a run.
-
-    Attributes:
-        sequence: position among its run's facts; decides between two of them.
-        created: the teller's clock, shown to people, never used for ordering.
-    """
-
-    event_id: str
-    run_id: str
-    sequence: int
-    created: dt.datetime
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 from functools import partial
 from typing import Any
 
@@ -13,13 +12,13 @@ from esper_core.bus import subjects
 from esper_core.bus.database import Connection
 from esper_core.bus.envelope import Event
 from esper_core.bus.inbox import consume
-from esper_core.errors import InvalidInput
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.tolaria.v1 import tolaria_pb2_grpc
 from esper_core.rpc.server import ServedService
 from services.bell import Bell
+from services.fact import fact_of
 from services.runtime import Platform, Service
-from services.tolaria.runs import Fact, Runs
+from services.tolaria.runs import Runs
 from services.tolaria.servicer import NEWS, TolariaServicer
 
 SERVICE = "esper.tolaria.v1.TolariaService"
@@ -35,17 +34,17 @@ class Projection:
         self._bell = bell
 
     async def handle(self, connection: Connection, event: Event) -> None:
-        """Note one fact, in the transaction that also notes its event id."""
-        envelope, message = event.envelope, event.message
-        fact = Fact(envelope.event_id, envelope.run_id, envelope.sequence, envelope.created.ToDatetime(tzinfo=dt.UTC))
+        """Note one fact, in the transaction that also notes its event id.
+
+        Raises:
+            InvalidInput: the event contradicts itself; it belongs among the dead letters.
+        """
+        fact, message = fact_of(event), event.message
         if isinstance(message, bus_pb2.RunRegistered):
-            _same_run(event, message.run.run_id)
             await self._runs.register(connection, fact, message.epoch, _json(message.run))
         elif isinstance(message, bus_pb2.EpochCompleted):
-            _same_run(event, message.run_id)
             await self._runs.complete_epoch(connection, fact, message.metrics.epoch, _json(message.metrics))
         elif isinstance(message, bus_pb2.RunEnded):
-            _same_run(event, message.run_id)
             told = _json(message)
             outcome = {key: told[key] for key in _OUTCOME if key in told}
             await self._runs.end(connection, fact, message.state, outcome)
@@ -70,8 +69,3 @@ async def build(platform: Platform) -> Service:
 
 def _json(message: Message) -> dict[str, Any]:
     return json_format.MessageToDict(message, preserving_proto_field_name=True)
-
-
-def _same_run(event: Event, run_id: str) -> None:
-    if event.envelope.run_id != run_id:
-        raise InvalidInput(f"event {event.envelope.event_id} of run {event.envelope.run_id!r} speaks of {run_id!r}")
