@@ -26,6 +26,7 @@ from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 from esper_core.pb.esper.tezzeret.v1 import tezzeret_pb2
 from esper_core.pb.esper.tolaria.v1 import tolaria_pb2
+from esper_core.pb.esper.urabrask.v1 import urabrask_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import to_proto
 from services.tolaria.command import main as train
@@ -320,13 +321,18 @@ async def _everything(platform: Living) -> tuple[Message, ...]:
 
 
 async def _settled(platform: Living) -> bool:
-    """Whether nothing waits to be built or judged."""
+    """Whether nothing waits to be built, judged or tagged anew, and a second look sees what the first one saw."""
     async with dial(platform.data_dir) as api:
         builds = (await api.tezzeret.ListBuilds(tezzeret_pb2.ListBuildsRequest(page_size=1000))).builds
         kernels = (await api.urza.QueryKernels(urza_pb2.QueryKernelsRequest(page_size=1000))).kernels
+        tagged = not (await api.urabrask.Retag(urabrask_pb2.RetagRequest(dry_run=True))).changed
     ended = (tezzeret_pb2.BUILD_STATE_DONE, tezzeret_pb2.BUILD_STATE_FAILED)
     judged = all(kernel.status != kernel_pb2.KERNEL_STATUS_COMPILED for kernel in kernels)
-    return judged and all(build.state in ended for build in builds)
+    if not (tagged and judged and all(build.state in ended for build in builds)):
+        return False
+    seen = await _everything(platform)
+    await asyncio.sleep(1)
+    return await _everything(platform) == seen
 
 
 async def _known(api: Platform, run_id: str) -> bool:
