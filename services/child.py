@@ -22,7 +22,7 @@ from typing import Any
 
 from esper_core import errors
 from esper_core.errors import DeadlineExceeded, Exhausted, Internal, Refused
-from services.pace import Pace
+from services.pace import SHARE, Pace
 from services.sandbox import MAX_LINE, Job, Limits
 
 _ROOT = str(Path(__file__).resolve().parents[1])
@@ -140,7 +140,7 @@ class WarmChild:
                 sys.executable,
                 "-m",
                 self._module,
-                json.dumps(dataclasses.asdict(self._limits)),
+                json.dumps(dataclasses.asdict(self._inside())),
                 str(self.scratch),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
@@ -156,6 +156,11 @@ class WarmChild:
             code = await self._process.wait()
             raise Internal(self._obituary(code), hint="it could not even start; see the service's log")
         return self._process
+
+    def _inside(self) -> Limits:
+        """What the child holds itself to. It cannot tell how long it stood still, so its own clock allows for the slowest pace there is."""
+        slowest = SHARE if self._pace is not None else 1.0
+        return dataclasses.replace(self._limits, wall_seconds=self._limits.wall_seconds / slowest)
 
     async def _read(self, process: asyncio.subprocess.Process, seconds: float, what: str) -> Job | None:
         assert process.stdout is not None  # noqa: S101 - a pipe was asked for

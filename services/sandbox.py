@@ -29,7 +29,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,7 +80,6 @@ def serve(works: Mapping[str, Work]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCONT, partial(_gone_on, limits))
     _go_on_without_parent()
     os.nice(limits.nice)
     _confine(limits)
@@ -141,12 +139,6 @@ def _allowance(limits: Limits) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_CPU, (hard, hard))
-
-
-def _gone_on(limits: Limits, *_: object) -> None:
-    """After a stop a job has its wall-clock allowance anew: the parent, which stops it, counts the time that it runs."""
-    if signal.getitimer(signal.ITIMER_REAL)[0]:
-        signal.setitimer(signal.ITIMER_REAL, limits.wall_seconds + 5.0)
 
 
 def _go_on_without_parent() -> None:

@@ -149,7 +149,11 @@ async def test_a_rejected_kernel_is_no_parent_and_never_tried_again(karn: Any, i
     wish = karn_pb2.ProposeRequest(interface_id=slot.id, count=30, seed=1, only_say=True)
     said = (await karn.Propose(wish)).proposals
     assert len(said) == 30
-    widths = [each.blueprint.symbols["width"] for each in said if each.blueprint.name == "bottleneck_mlp"]
+    widths = [
+        each.blueprint.symbols["width"]
+        for each in said
+        if not each.parent_ids and each.blueprint.name == "bottleneck_mlp"
+    ]
     assert sorted(widths) == [4, 8, 32], "of the catalogue's widths all but the rejected one"
 
 

@@ -13,6 +13,7 @@ import pytest
 from services.child import WarmChild
 from services.pace import FREE_CORE, SAVED_SECONDS, SAVING, SHARE, SLICE_SECONDS, Budget, Look, look
 from services.sandbox import Limits
+from services.tezzeret.worker import PACED_NICE
 
 WORK = 0.1
 WORKS = "tests.unit.tezzeret.child_works"
@@ -98,7 +99,7 @@ async def test_a_polite_child_on_a_busy_core_works_on_and_is_not_killed_for_the_
         f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass",
         start_new_session=True,
     )
-    child = WarmChild(WORKS, Limits(wall_seconds=1.0, cpu_seconds=5.0), polite=True)
+    child = WarmChild(WORKS, Limits(wall_seconds=1.0, cpu_seconds=5.0, nice=PACED_NICE), polite=True)
     try:
         await child.warm()
         assert child.pid is not None
