@@ -222,8 +222,8 @@ def _designed() -> Iterator[Kernel]:
     )
     yield _kernel("a mean over all tokens", reason.LEAKS_FUTURE, _nothing, averaged, TOKENS)
     wide = FEATURES.model_copy(update={"layout": Layout.IMAGE, "in_size": (64, 64), "out_size": (64, 64)})
-    tower = [_node(f"c{n}", "conv", f"c{n - 1}" if n else INPUT, out="128", kernel="3", padding="1") for n in range(8)]
-    endless = _ir("endless", *tower, _node("B", "conv", "c7", out="out_width"), layout=Layout.IMAGE)
+    tower = [_node(f"c{n}", "conv", f"c{n - 1}" if n else INPUT, out="128", kernel="7", padding="3") for n in range(3)]
+    endless = _ir("endless", *tower, _node("B", "conv", "c2", out="out_width"), layout=Layout.IMAGE)
     yield _kernel("a hang", reason.TIMEOUT, _nothing, endless, wide)
     long = FEATURES.model_copy(update={"layout": Layout.TOKENS, "in_size": (1300,), "out_size": (1300,)})
     swelling = _ir(

@@ -48,7 +48,11 @@ PAUSE = 0.05, 0.8  # seconds between kills
 EPOCHS = 180
 SETTINGS = {
     "optimization": {"epochs": EPOCHS},
-    "morphogenetic": {"decision_wait_seconds": 0.5, "growth": {"policy": {"in_flight": 3}}},
+    "morphogenetic": {
+        "decision_wait_seconds": 0.5,
+        # No fold before everyone was killed: it would change the interface that the operator's kernel was chosen for.
+        "growth": {"policy": {"in_flight": 3}, "fine_tune_epochs": 80},
+    },
 }
 RUN = "killed"
 
