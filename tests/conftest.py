@@ -20,6 +20,7 @@ from esper_core.config import Endpoints, PlatformConfig
 from esper_core.local import stack as local_stack
 from tests.e2e.living import Living, living
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # connections that end are part of the tests
 os.environ["ESPER_FORGE_POLITE"] = "0"  # tests keep every core busy and wait for kernels all the same
 
 

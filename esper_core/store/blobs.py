@@ -7,6 +7,7 @@ hashed; a range read cannot be and is for readers that hash the whole by themsel
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from types import TracebackType
@@ -24,6 +25,7 @@ from esper_core.ids import sha256
 
 MAX_BLOB = 512 * 1024 * 1024  # bytes
 ATTEMPTS = 3  # for one request
+LOOKS = 0.0, 0.05, 0.2, 0.5, 1.0  # seconds before each look at what was stored
 
 _DIGEST = re.compile(r"^[0-9a-f]{64}$")
 _MISSING = {"404", "NoSuchKey", "NotFound"}
@@ -89,9 +91,17 @@ class Blobs:
             await self._s3.put_object(Bucket=self._bucket, Key=_key(digest, copy), Body=data)
         except (BotoCoreError, ClientError) as error:
             raise self._translated(error, digest) from error
-        if await self._size(digest, copy) != len(data):
+        if not await self._keeps(digest, copy, len(data)):
             raise Unavailable(f"the blob store did not keep {digest}", hint="its disk may be full")
         return digest
+
+    async def _keeps(self, digest: str, copy: int, size: int) -> bool:
+        """Whether a blob has its size; asked again for a while, since somebody else may be storing the same bytes just now."""
+        for seconds in LOOKS:
+            await asyncio.sleep(seconds)
+            if await self._size(digest, copy) == size:
+                return True
+        return False
 
     async def get(self, digest: str, copy: int = 0) -> bytes:
         """The bytes named ``digest``.
