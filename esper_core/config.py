@@ -4,8 +4,8 @@
 refuses what it does not know, naming the place and the nearest known name. ``PlatformConfig`` says what the laptop
 stack should start and what it should find elsewhere; ``Endpoints`` is what came of it, read by every client.
 
-Does not protect against a hostile reader of the data directory: whoever reads ``endpoints.json`` (mode 0600) holds
-every credential of this platform.
+Does not protect against a hostile reader of the data directory: whoever reads it (``endpoints.json``, ``tls/``,
+``nkeys/``, all mode 0600) holds every credential of this platform.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def default_data_dir() -> Path:
 
 
 class NatsSection(Section):
-    """The event bus; without ``url`` a server of our own is started."""
+    """The event bus; without ``url`` a server of our own is started, which knows each principal by its own key."""
 
     url: str | None = Field(None, pattern=r"^(nats|tls)://", description="an external server, e.g. tls://nats:4222")
-    user: str = Field("esper", min_length=1)
-    password: SecretStr | None = Field(None, description="generated at first start for our own server")
+    user: str = Field("esper", min_length=1, description="of the external server")
+    password: SecretStr | None = Field(None, description="of the external server")
     port: int | None = Field(None, ge=0, le=65535, description="of our own server; 0 or nothing: a free one, kept")
 
 
@@ -108,6 +108,9 @@ class Endpoints(Section):
     metrics_port: int
     metrics_url: str
     nats_url: str
+    nats_keys_dir: Path | None = Field(
+        None, description="<principal>.nk (seeds) of our own server; none: an external one"
+    )
     nats_user: str | None = None
     nats_password: SecretStr | None = None
     postgres_dsn: SecretStr = Field(description="for asyncpg; our own server is reached over its unix socket")

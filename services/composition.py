@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import asyncpg
 import grpc.aio
-from prometheus_client import ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 
 import esper_core.bus
 from esper_core import log
@@ -32,6 +32,7 @@ from esper_core.rpc.server import RunningServer, serve
 from esper_core.rpc.tls import ServerTls
 from esper_core.store.blobs import Blobs
 from esper_core.store.postgres import migrate, open_pool
+from services.bell import Bell
 from services.runtime import Platform, Service, Task
 
 NAMES = ("oona", "urza", "tezzeret", "urabrask", "tamiyo", "kasmina", "tolaria", "nissa", "emrakul", "karn")
@@ -74,8 +75,9 @@ async def run(endpoints: Endpoints, names: Sequence[str]) -> None:
         EsperError: it cannot start: a refused migration, a taken port, missing certificates.
     """
     async with contextlib.AsyncExitStack() as stack:
-        platform = await _open(endpoints, names, stack)
-        services = [await _insist(name, partial(_module(name).build, platform)) for name in names]
+        platforms = await _open(endpoints, names, stack)
+        services = [await _insist(name, partial(_module(name).build, each)) for name, each in platforms.items()]
+        platform = platforms[names[0]]  # what is the process's is the same in all
         await _expose(platform, stack)
         tasks: list[asyncio.Task[None]] = []
         stack.push_async_callback(_cancel, tasks)
@@ -111,17 +113,18 @@ async def supervise(name: str, task: Task, draining: asyncio.Event) -> None:
         pause = min(2 * pause, PAUSE_MAX)
 
 
-async def _open(endpoints: Endpoints, names: Sequence[str], stack: contextlib.AsyncExitStack) -> Platform:
+async def _open(endpoints: Endpoints, names: Sequence[str], stack: contextlib.AsyncExitStack) -> dict[str, Platform]:
+    """What each service gets; they differ in the bus, on which everyone is known by a key of its own."""
     dsn = endpoints.postgres_dsn.get_secret_value()
     await _insist("migrations", lambda: migrate(dsn, schemas(names)))
     database = await _insist("database", lambda: open_pool(dsn, size=POOL_SIZE))
     stack.push_async_callback(_close_pool, database)
     blobs = await _insist("blobs", lambda: Blobs.open(endpoints))
     stack.push_async_callback(blobs.close)
-    password = endpoints.nats_password.get_secret_value() if endpoints.nats_password else None
-    url, user = endpoints.nats_url, endpoints.nats_user
-    bus = await _insist("bus", lambda: Bus.connect(url, user, password, "services", timeout=CONNECT_SECONDS))
-    stack.push_async_callback(bus.close)
+    buses: dict[str, Bus] = {}
+    for name in names:
+        buses[name] = await _insist("bus", partial(Bus.join, endpoints, name, timeout=CONNECT_SECONDS))
+        stack.push_async_callback(buses[name].close)
     channels: dict[str, grpc.aio.Channel] = {}
     stack.push_async_callback(_close_channels, channels)
 
@@ -130,7 +133,11 @@ async def _open(endpoints: Endpoints, names: Sequence[str], stack: contextlib.As
             channels[principal] = open_channel(endpoints.grpc_address, tls_dir=endpoints.tls_dir, principal=principal)
         return channels[principal]
 
-    return Platform(endpoints, database, bus, blobs, channel)
+    draining, metrics = asyncio.Event(), CollectorRegistry()
+    bell = Bell(database, draining)
+    return {
+        name: Platform(endpoints, database, bus, blobs, channel, bell, metrics, draining) for name, bus in buses.items()
+    }
 
 
 async def _insist(what: str, attempt: Callable[[], Awaitable[T]]) -> T:

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from prometheus_client import CollectorRegistry
-
-from services.bell import Bell
 
 if TYPE_CHECKING:
     import asyncpg
     import grpc.aio
+    from prometheus_client import CollectorRegistry
 
     from esper_core.bus.bus import Bus
     from esper_core.config import Endpoints
     from esper_core.rpc.server import ServedService
     from esper_core.store.blobs import Blobs
+    from services.bell import Bell
 
 Task = Callable[[], Awaitable[None]]
 """Starts a piece of background work that runs until it is cancelled; it is started again when it ends by itself."""
@@ -32,15 +29,17 @@ Task = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Platform:
-    """The connections of this process, open for as long as the services run.
+    """The connections that a service works with, open for as long as it runs; all but the bus are the process's.
 
     Attributes:
         endpoints: where everything is found.
         database: pool on the system of record; each service keeps to its own schema.
-        bus: JetStream; publish facts through ``esper_core.bus.outbox`` inside the transaction that makes them true.
+        bus: JetStream, as this service; record facts by ``esper_core.bus.outbox`` inside the transaction that makes them
+            true: on our own server Oona alone may publish them.
         blobs: content-addressed bytes.
         channel: opens (once per principal, then shared) a mutual-TLS channel to the platform's own gRPC address. The
             platform owns the channel and closes it. Dials lazily: it may be asked for before the server is up.
+        bell: wakes watchers when rows change; the composition root keeps its ``listen`` running.
         metrics: what Prometheus reads; register collectors here, never in the process-wide registry.
         draining: set when the platform begins to stop; long streams end themselves then.
     """
@@ -50,13 +49,9 @@ class Platform:
     bus: Bus
     blobs: Blobs
     channel: Callable[[str], grpc.aio.Channel]
-    metrics: CollectorRegistry = field(default_factory=CollectorRegistry)
-    draining: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @cached_property
-    def bell(self) -> Bell:
-        """Wakes watchers when rows change; the composition root keeps its ``listen`` running."""
-        return Bell(self.database, self.draining)
+    bell: Bell
+    metrics: CollectorRegistry
+    draining: asyncio.Event
 
 
 @dataclass(frozen=True)

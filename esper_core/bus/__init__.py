@@ -1,6 +1,8 @@
 """Oona's library: commands and facts on JetStream, with an effect that happens once.
 
 subjects   the streams and subjects, declared once
+policy     who may publish, read and administer what: the server's permissions, from one table
+nkey       NATS's key pairs; login: as whom to connect
 envelope   the outside of every event: wrap, unwrap, checks
 bus        the connection: publish with an id, provision
 outbox     record an event in the transaction that makes it true; the relay publishes it

@@ -1,5 +1,7 @@
 """The connection to JetStream: publish with an id and wait for the acknowledgement; make the streams.
 
+On the platform's own server every principal has a key of its own and may do what ``policy`` says of it.
+
 Reconnects for ever; what cannot be done meanwhile raises ``Unavailable`` and may be tried again with the same event
 id, which JetStream deduplicates within its window and consumers for good. Must be used in the loop it was made in.
 """
@@ -20,8 +22,19 @@ from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType, StreamConfi
 
 from esper_core import log
 from esper_core.bus.envelope import check_belongs
+from esper_core.bus.login import Login, login_of
 from esper_core.bus.subjects import MAX_MESSAGE, STREAMS, Stream
-from esper_core.errors import Conflict, EsperError, Exhausted, InvalidInput, NotFound, Unauthenticated, Unavailable
+from esper_core.config import Endpoints
+from esper_core.errors import (
+    Conflict,
+    EsperError,
+    Exhausted,
+    Forbidden,
+    InvalidInput,
+    NotFound,
+    Unauthenticated,
+    Unavailable,
+)
 from esper_core.pb.esper.bus.v1.bus_pb2 import EventEnvelope
 
 REQUEST_TIMEOUT = 3.0  # seconds for one exchange with the server
@@ -29,6 +42,7 @@ DUPLICATE_WINDOW = 120.0  # seconds in which the server itself drops a repeated 
 SERVER_PAYLOAD = MAX_MESSAGE + 64 * 1024  # bytes a server must take: the largest dead letter with its headers
 MAX_PENDING = 4 * 1024 * 1024  # bytes written ahead while disconnected
 
+_VIOLATION = "nats: permissions violation for "
 _TOO_LARGE, _STREAM_FULL = 10054, (10077, 10023, 10047)
 _log = log.get("bus")
 
@@ -49,21 +63,42 @@ class Receipt:
 
 
 class Bus:
-    """A connection to NATS with JetStream. Made by ``connect``."""
+    """A connection to NATS with JetStream. Made by ``join``, or ``connect``.
 
-    def __init__(self, client: Client) -> None:
+    Attributes:
+        refused: what the server did not let this principal do, in the words of nats-py: small letters throughout.
+    """
+
+    def __init__(self, client: Client, refused: set[str] | None = None) -> None:
         self.client = client
         self.jetstream: JetStreamContext = client.jetstream(timeout=REQUEST_TIMEOUT)
+        self.refused = set[str]() if refused is None else refused
 
     @classmethod
-    async def connect(
-        cls, url: str, user: str | None, password: str | None, name: str, *, timeout: float | None = 10.0
+    async def join(
+        cls, endpoints: Endpoints, principal: str, name: str | None = None, *, timeout: float | None = 10.0
     ) -> Bus:
+        """Connect to the platform's bus as ``principal``.
+
+        Args:
+            name: shown in the server's connection list; the principal's unless given.
+            timeout: as ``connect``.
+
+        Raises:
+            NotFound: ``principal`` has no key there.
+            Corrupt: its key was altered.
+            Unavailable, Unauthenticated, Conflict: as ``connect``.
+        """
+        login = login_of(endpoints, principal)
+        return await cls.connect(endpoints.nats_url, login, name or principal, timeout=timeout)
+
+    @classmethod
+    async def connect(cls, url: str, login: Login, name: str, *, timeout: float | None = 10.0) -> Bus:
         """Connect, and stay connected until ``close``.
 
         Args:
             url: ``nats://`` or ``tls://`` host and port.
-            user, password: credentials; None without authentication.
+            login: as whom.
             name: shown in the server's connection list.
             timeout: seconds to wait for the first connection; None waits until there is one.
 
@@ -73,11 +108,15 @@ class Bus:
             Conflict: it takes only smaller messages than the bus needs.
         """
         client = Client()
-        refused = asyncio.Event()
+        client._public_nkey = login.key.public if login.key else None  # nats-py sets it only with a library of its own
+        unknown, refused = asyncio.Event(), set[str]()
 
         async def on_error(error: Exception) -> None:
-            if "authorization violation" in str(error).lower():
-                refused.set()
+            said = str(error).lower()
+            if "authorization violation" in said:
+                unknown.set()
+            if (reason := said.removeprefix(_VIOLATION)) != said:
+                refused.add(reason)
             _log.warning("bus.error", connection=name, error=str(error) or type(error).__name__)
 
         async def on_disconnect() -> None:
@@ -89,8 +128,6 @@ class Bus:
 
         dial = client.connect(
             url,
-            user=user,
-            password=password,
             name=name,
             max_reconnect_attempts=-1,
             reconnect_time_wait=1,
@@ -101,8 +138,9 @@ class Bus:
             error_cb=on_error,
             disconnected_cb=on_disconnect,
             reconnected_cb=on_reconnect,
+            **login.options,
         )
-        dialling, refusal = asyncio.ensure_future(dial), asyncio.ensure_future(refused.wait())
+        dialling, refusal = asyncio.ensure_future(dial), asyncio.ensure_future(unknown.wait())
         try:
             await asyncio.wait((dialling, refusal), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -110,11 +148,8 @@ class Bus:
             if not dialling.done():
                 dialling.cancel()
                 await client.close()
-        if refused.is_set():
-            raise Unauthenticated(
-                f"the event bus at {url} does not know user {user!r} or the password",
-                hint="check the credentials; `esperctl up` generates those of the laptop's own server",
-            )
+        if unknown.is_set():
+            raise Unauthenticated(f"the event bus at {url} does not know {login}", hint=login.hint)
         if dialling.cancelled() or not dialling.done():
             raise Unavailable(
                 f"the event bus at {url} did not answer within {timeout:g} s",
@@ -127,7 +162,7 @@ class Bus:
                 f"the event bus at {url} takes messages of {client.max_payload} bytes, {SERVER_PAYLOAD} are needed",
                 hint="set max_payload to 1MB in the server's configuration",
             )
-        return cls(client)
+        return cls(client, refused)
 
     @property
     def connected(self) -> bool:
@@ -153,6 +188,7 @@ class Bus:
         Raises:
             InvalidInput: the event does not belong on ``subject`` or is too large.
             Exhausted: the stream is full and refuses new messages.
+            Forbidden: the server does not let this principal publish there.
             Unavailable: not stored, or not known to be: publish again with the same envelope.
         """
         check_belongs(envelope, subject)
@@ -166,8 +202,17 @@ class Bus:
         try:
             ack = await self.jetstream.publish(subject, data, headers={**(headers or {}), "Nats-Msg-Id": message_id})
         except (nats.errors.Error, TimeoutError, OSError) as error:
-            raise translated(error, f"publishing on {subject}") from error
+            raise self.failure(error, f"publishing on {subject}", subject) from error
         return Receipt(ack.stream, ack.seq, bool(ack.duplicate))
+
+    def failure(self, error: Exception, doing: str, subject: str) -> EsperError:
+        """What a failed exchange on ``subject`` amounts to: the server answers a forbidden request with silence."""
+        if f'publish to "{subject.lower()}"' in self.refused:
+            return Forbidden(
+                f"{doing}: the event bus does not let this principal publish on {subject}",
+                hint="who may is declared in esper_core/bus/policy.py; another's data directory has other keys",
+            )
+        return translated(error, doing)
 
     async def provision(self) -> None:
         """Make every stream, or bring it to what ``subjects`` declares; safe to repeat.

@@ -24,7 +24,7 @@ from esper_core.bus.dead import bury
 from esper_core.bus.envelope import Event, unwrap
 from esper_core.bus.patience import AWAY, insist
 from esper_core.bus.pull import DONE, Verdict, pull
-from esper_core.bus.subjects import Stream, stream_of
+from esper_core.bus.subjects import Stream, consumer_of, stream_of
 from esper_core.errors import EsperError, InvalidInput, Unavailable
 
 Handler = Callable[[Connection, Event], Awaitable[None]]
@@ -158,12 +158,11 @@ async def _consume(
 
     async with asyncio.TaskGroup() as group:
         for stream, wanted in filters.items():
-            name = f"{durable}-{stream.name.removeprefix('ESPER_').lower()}"
             group.create_task(
                 pull(
                     bus,
                     stream=stream,
-                    durable=name,
+                    durable=consumer_of(durable, stream),
                     filters=wanted,
                     take=take,
                     ordered=ordered,

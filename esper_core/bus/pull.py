@@ -18,7 +18,7 @@ from nats.js import JetStreamContext
 from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 from esper_core import log
-from esper_core.bus.bus import Bus, translated
+from esper_core.bus.bus import Bus
 from esper_core.bus.patience import heed_cancellation, persist
 from esper_core.bus.subjects import Stream
 from esper_core.errors import Conflict
@@ -64,6 +64,7 @@ async def pull(
 
     Raises:
         Conflict: the server keeps other consumer settings than asked for.
+        Forbidden: this principal has no such consumer.
     """
     config = ConsumerConfig(
         durable_name=durable,
@@ -126,7 +127,8 @@ async def _bind(bus: Bus, stream: Stream, config: ConsumerConfig) -> JetStreamCo
             raise Conflict(f"consumer {name}: asked for {config.filter_subjects}, the server filters {caught}")
         return await bus.jetstream.pull_subscribe_bind(name, stream.name)
     except (nats.errors.Error, TimeoutError, OSError) as error:
-        raise translated(error, f"binding consumer {name}") from error
+        asked = f"$JS.API.CONSUMER.CREATE.{stream.name}.{name}"
+        raise bus.failure(error, f"binding consumer {name}", asked) from error
 
 
 @contextlib.asynccontextmanager

@@ -164,6 +164,11 @@ def find(subject: str) -> Subject:
     raise InvalidInput(f"{subject!r} is no subject", hint=nearest(bare, (declared.name for declared in SUBJECTS)))
 
 
+def consumer_of(durable: str, stream: Stream) -> str:
+    """What the server calls the part of the consumer ``durable`` that reads ``stream``."""
+    return f"{durable}-{stream.name.removeprefix('ESPER_').lower()}"
+
+
 def stream_of(pattern: str) -> Stream:
     """The stream that keeps what ``pattern`` (a subject or a filter) asks for.
 

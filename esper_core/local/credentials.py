@@ -7,6 +7,8 @@ end up connected to itself.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
 import socket
 from pathlib import Path
@@ -25,7 +27,6 @@ T = TypeVar("T", bound=Section)
 class Credentials(Section):
     """Generated secrets of our own servers; URL-safe text."""
 
-    nats_password: str = Field(min_length=16)
     postgres_password: str = Field(min_length=16)
     s3_access_key: str = Field(min_length=3)
     s3_secret_key: str = Field(min_length=16)
@@ -41,16 +42,16 @@ class Ports(Section):
 
 
 def credentials(layout: Layout) -> Credentials:
-    """The kept credentials, generated when there are none.
+    """The kept credentials, generated when there are none; what an older version kept beside them is forgotten.
 
     Raises:
         Corrupt: the kept file is damaged; it is never replaced silently, for the servers' data knows only the old ones.
     """
     path = layout.secrets / "credentials.json"
     if path.exists():
+        _forget(path, "nats_password")  # one for everybody, before each principal had a key
         return _read(Credentials, path)
     fresh = Credentials(
-        nats_password=secrets.token_urlsafe(24),
         postgres_password=secrets.token_urlsafe(24),
         s3_access_key="esper" + secrets.token_hex(8),
         s3_secret_key=secrets.token_urlsafe(24),
@@ -119,6 +120,13 @@ def revealed(section: Section) -> dict[str, Any]:
         elif isinstance(value, Section):
             shown[name] = revealed(value)
     return shown
+
+
+def _forget(path: Path, name: str) -> None:
+    with contextlib.suppress(ValueError):  # damaged: whoever reads it says so
+        kept = json.loads(path.read_bytes())
+        if isinstance(kept, dict) and kept.pop(name, None) is not None:
+            write_private(path, json.dumps(kept, indent=2).encode())
 
 
 def _read(model: type[T], path: Path) -> T:

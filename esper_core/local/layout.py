@@ -3,6 +3,7 @@
     supervisor.lock  held by the one supervisor        endpoints.json  where clients find everything
     state.json       what runs, for `status`           secrets/        generated passwords, ports, the CA's key
     tls/ keys/       certificates; signing keys        logs/           one file per child
+    nkeys/           the event bus's keys
     nats/ s3/        the servers' data                 postgres/       same; a link when it has to live elsewhere
 
 Everything is mode 0700/0600. Under root the data directory itself is 0711, so that the unprivileged account that
@@ -51,6 +52,10 @@ class Layout:
         return self.root / "keys"
 
     @property
+    def nkeys(self) -> Path:
+        return self.root / "nkeys"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 
@@ -82,7 +87,7 @@ class Layout:
                     hint="use the account that made it, or choose another with ESPER_DATA_DIR",
                 )
             self.root.chmod(0o711 if os.geteuid() == 0 else 0o700)
-            for part in (self.secrets, self.tls, self.keys, self.logs, self.nats, self.s3):
+            for part in (self.secrets, self.tls, self.keys, self.nkeys, self.logs, self.nats, self.s3):
                 part.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise InvalidInput(

@@ -41,7 +41,7 @@ def plan(config: PlatformConfig, layout: Layout) -> Plan:
     database, dsn = postgres.child(config.postgres, layout, made.postgres_password)
     endpoints = _endpoints(config, layout, made, chosen, dsn)
     children = [
-        nats.child(config.nats, layout, made, chosen.nats),
+        nats.child(config.nats, layout, chosen.nats),
         database,
         s3.child(config.s3, layout, endpoints.s3_access_key, endpoints.s3_secret_key.get_secret_value(), chosen.s3),
     ]
@@ -61,6 +61,11 @@ def _endpoints(config: PlatformConfig, layout: Layout, made: Credentials, chosen
             hint="set ESPER_S3__ACCESS_KEY and ESPER_S3__SECRET_KEY",
         )
     external_nats = config.nats.url is not None
+    if config.nats.password and not external_nats:
+        raise InvalidInput(
+            "nats.password is given without nats.url",
+            hint="it is for an external server; our own knows each principal by a key under nkeys/",
+        )
     in_url = bool(config.nats.url and urlsplit(config.nats.url).username)
     return Endpoints(
         data_dir=layout.root,
@@ -69,8 +74,9 @@ def _endpoints(config: PlatformConfig, layout: Layout, made: Credentials, chosen
         metrics_port=chosen.metrics,
         metrics_url=f"http://127.0.0.1:{chosen.metrics}/metrics",
         nats_url=config.nats.url or f"nats://127.0.0.1:{chosen.nats}",
-        nats_user=None if in_url else config.nats.user,
-        nats_password=config.nats.password or (None if external_nats else SecretStr(made.nats_password)),
+        nats_keys_dir=None if external_nats else layout.nkeys,
+        nats_user=config.nats.user if external_nats and not in_url else None,
+        nats_password=config.nats.password,
         postgres_dsn=SecretStr(dsn),
         s3_endpoint=config.s3.endpoint or f"http://127.0.0.1:{chosen.s3}",
         s3_region=config.s3.region,

@@ -164,14 +164,7 @@ class Link:
 
     async def _converse(self) -> None:
         """Everything that goes over the bus, for as long as the run lasts."""
-        secret = self.endpoints.nats_password
-        self._bus = await Bus.connect(
-            self.endpoints.nats_url,
-            self.endpoints.nats_user,
-            secret.get_secret_value() if secret else None,
-            f"{PRINCIPAL}-{self.run_id}",
-            timeout=None,
-        )
+        self._bus = await Bus.join(self.endpoints, PRINCIPAL, f"{PRINCIPAL}-{self.run_id}", timeout=None)
         bus = self._bus
         await asyncio.gather(
             self._keep(self.spool.drain(bus)), self._keep(self._listen(bus)), self._keep(self._send_telemetry(bus))

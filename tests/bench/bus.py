@@ -60,10 +60,7 @@ def run(pace: Pace) -> list[Table]:
 async def _measured(endpoints: Endpoints, pace: Pace) -> list[Table]:
     dsn = endpoints.postgres_dsn.get_secret_value()
     await migrate(dsn, {"bus": SCHEMA})
-    secret = endpoints.nats_password
-    bus = await Bus.connect(
-        endpoints.nats_url, endpoints.nats_user, secret.get_secret_value() if secret else None, "bench"
-    )
+    bus = await Bus.join(endpoints, "oona", "bench")
     await bus.provision()
     pool = await open_pool(dsn)
     ordered, free = Watcher(), Watcher()

@@ -74,10 +74,7 @@ class Ground:
 async def visit(endpoints: Endpoints) -> Any:
     """A ``Stage`` on a platform that is already running: bus, database, and stubs under every identity."""
     async with contextlib.AsyncExitStack() as open_:
-        secret = endpoints.nats_password
-        bus = await Bus.connect(
-            endpoints.nats_url, endpoints.nats_user, secret.get_secret_value() if secret else None, "bench"
-        )
+        bus = await Bus.join(endpoints, "oona", "bench")
         open_.push_async_callback(bus.close)
         pool = await open_pool(endpoints.postgres_dsn.get_secret_value(), size=4)
         open_.push_async_callback(pool.close)

@@ -228,11 +228,7 @@ async def log(api: Platform, kind: str) -> list[nissa_pb2.LoggedEvent]:
 
 async def poison_orders(platform: Living) -> None:
     """Something nobody can read lies in front of the run's first order."""
-    password = platform.endpoints.nats_password
-    assert password is not None
-    bus = await Bus.connect(
-        platform.endpoints.nats_url, platform.endpoints.nats_user, password.get_secret_value(), "vandal"
-    )
+    bus = await Bus.join(platform.endpoints, "oona", "vandal")
     await bus.publish_bytes(subjects.KASMINA_COMMANDS.of(RUN), b"\xff\xfegarbage", message_id=new_id())
     await bus.close()
 

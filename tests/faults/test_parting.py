@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from esper_core.bus.bus import Bus
+from esper_core.bus.login import Login
 from tests.service.bus.conftest import NatsServer
 
 
@@ -14,7 +15,7 @@ async def test_a_bus_whose_server_died_is_closed_without_a_word(tmp_path: Path) 
     server.start()
     try:
         for pause in (0.0, 0.05):  # before and after the client notices
-            bus = await Bus.connect(server.url, None, None, "leaving")
+            bus = await Bus.connect(server.url, Login(), "leaving")
             server.kill()
             await asyncio.sleep(pause)
             await bus.client.publish("last.words", b"x" * 100_000)

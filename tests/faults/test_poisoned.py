@@ -81,10 +81,7 @@ def poisons(subject: subjects.Subject) -> dict[str, bytes]:
 @pytest.fixture
 async def bus(platform: Living) -> AsyncIterator[Bus]:
     endpoints = platform.endpoints
-    assert endpoints.nats_password is not None
-    bus = await Bus.connect(
-        endpoints.nats_url, endpoints.nats_user, endpoints.nats_password.get_secret_value(), "vandal"
-    )
+    bus = await Bus.join(endpoints, "oona", "vandal")
     yield bus
     await bus.close()
 

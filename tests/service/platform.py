@@ -239,8 +239,7 @@ async def empty_streams(bus: Bus) -> None:
 async def visiting(endpoints: Endpoints) -> AsyncIterator[Stage]:
     """The outside of a platform that somebody else starts; its streams are emptied first."""
     async with contextlib.AsyncExitStack() as stack:
-        password = endpoints.nats_password.get_secret_value() if endpoints.nats_password else None
-        bus = await Bus.connect(endpoints.nats_url, endpoints.nats_user, password, "test")
+        bus = await Bus.join(endpoints, "oona", "test")
         stack.push_async_callback(bus.close)
         await empty_streams(bus)
         pool = await open_pool(endpoints.postgres_dsn.get_secret_value(), size=4)

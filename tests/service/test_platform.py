@@ -142,9 +142,7 @@ async def test_waits_for_a_bus_that_is_away_and_outlives_its_death(
     stack: Endpoints, database: str, launch: Launch, tmp_path: Path
 ) -> None:
     nats = NatsServer(tmp_path)
-    endpoints = on_free_ports(stack, database).model_copy(
-        update={"nats_url": nats.url, "nats_user": None, "nats_password": None}
-    )
+    endpoints = on_free_ports(stack, database).model_copy(update={"nats_url": nats.url, "nats_keys_dir": None})
     process = await launch(endpoints, "oona", "tolaria")
     await until(lambda: _waits_for(tmp_path, "bus"), 40)
     assert process.returncode is None

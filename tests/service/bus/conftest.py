@@ -19,6 +19,7 @@ import pytest
 
 from esper_core.bus import SCHEMA
 from esper_core.bus.bus import Bus
+from esper_core.bus.login import Login
 from esper_core.bus.subjects import STREAMS
 from esper_core.config import Endpoints
 from esper_core.store.postgres import migrate, open_pool
@@ -28,9 +29,8 @@ Start = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 @pytest.fixture(scope="module")
 async def connection(stack: Endpoints) -> AsyncIterator[Bus]:
-    """A connection to the stack's NATS server."""
-    password = stack.nats_password.get_secret_value() if stack.nats_password else None
-    bus = await Bus.connect(stack.nats_url, stack.nats_user, password, "test")
+    """A connection to the stack's NATS server as the one who may do everything there."""
+    bus = await Bus.join(stack, "oona", "test")
     yield bus
     await bus.close()
 
@@ -157,7 +157,7 @@ def server(tmp_path: Path) -> Iterator[NatsServer]:
 @pytest.fixture
 async def own_bus(server: NatsServer) -> AsyncIterator[Bus]:
     """A provisioned bus on ``server``."""
-    bus = await Bus.connect(server.url, None, None, "own")
+    bus = await Bus.connect(server.url, Login(), "own")
     await bus.provision()
     yield bus
     await bus.close()

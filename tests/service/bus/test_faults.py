@@ -8,9 +8,11 @@ import signal
 
 import asyncpg
 import pytest
+from pydantic import SecretStr
 
 from esper_core.bus.bus import Bus
 from esper_core.bus.inbox import consume, consume_plain
+from esper_core.bus.login import Login
 from esper_core.bus.outbox import publish_batch, relay
 from esper_core.bus.rebuild import rebuild
 from esper_core.bus.spool import Spool
@@ -140,13 +142,15 @@ async def test_without_a_server_publishing_says_so(server: NatsServer, own_bus: 
         await asyncio.wait_for(own_bus.publish(SUBJECT, epoch(1)), 0.5)
     assert "esperctl status" in caught.value.hint
     with pytest.raises(Unavailable, match="did not answer within 1 s"):
-        await Bus.connect(server.url, None, None, "late", timeout=1)
+        await Bus.connect(server.url, Login(), "late", timeout=1)
 
 
 async def test_wrong_credentials_say_so(stack: Endpoints) -> None:
+    wrong = Login(user="esper", password=SecretStr("hunter2"))
     for timeout in (5, None):
         with pytest.raises(Unauthenticated, match="does not know user 'esper'") as caught:
-            await asyncio.wait_for(Bus.connect(stack.nats_url, "esper", "hunter2", "thief", timeout=timeout), 5)
+            await asyncio.wait_for(Bus.connect(stack.nats_url, wrong, "thief", timeout=timeout), 5)
+        assert "ESPER_NATS__PASSWORD" in caught.value.hint
         assert "hunter2" not in str(caught.value) + caught.value.hint
 
 

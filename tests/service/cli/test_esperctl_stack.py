@@ -47,9 +47,11 @@ def test_up_tells_what_started_and_shows_nothing_secret(data_dir):
     ]
     shown = "".join(page.stdout + page.stderr for page in pages)
     kept = json.loads((data_dir / "endpoints.json").read_text())
-    for name in ("nats_password", "s3_secret_key", "s3_access_key"):
-        assert len(kept[name]) > 8
-        assert kept[name] not in shown
+    seeds = [seed.read_text() for seed in (data_dir / "nkeys").iterdir()]
+    for secret in (*seeds, kept["s3_secret_key"], kept["s3_access_key"]):
+        assert len(secret) > 8
+        assert secret not in shown
+    assert len(seeds) > 1
 
 
 def test_up_twice_is_up_once(data_dir, came):

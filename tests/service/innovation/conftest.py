@@ -62,8 +62,7 @@ async def endpoints(stack: Endpoints, own_nats: str) -> AsyncIterator[Endpoints]
         {
             **stack.model_dump(),
             "nats_url": own_nats,
-            "nats_user": None,
-            "nats_password": None,
+            "nats_keys_dir": None,
             "postgres_dsn": dsn.replace("/esper?", "/innovation?"),
             "s3_bucket": "innovation",
             "grpc_address": grpc,

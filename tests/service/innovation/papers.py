@@ -62,7 +62,7 @@ class Innovation:
             await probe.channel_ready()
         await probe.close()
         pool = await asyncpg.create_pool(endpoints.postgres_dsn.get_secret_value(), min_size=1, max_size=3)
-        return cls(endpoints, pool, await Bus.connect(endpoints.nats_url, None, None, "test"))
+        return cls(endpoints, pool, await Bus.join(endpoints, "oona", "test"))
 
     async def close(self) -> None:
         for channel in self.channels.values():

@@ -7,10 +7,10 @@ import socket
 from pathlib import Path
 
 import asyncpg
-import nats
 import psutil
 import pytest
 
+from esper_core.bus.bus import Bus
 from esper_core.config import Endpoints
 from esper_core.local import state
 
@@ -27,17 +27,13 @@ async def test_postgres_lets_in_by_password_only(stack: Endpoints, database: str
         await asyncpg.connect(database, password="wrong")
 
 
-async def test_nats_lets_in_by_password_only(stack: Endpoints) -> None:
-    assert stack.nats_user is not None
-    assert stack.nats_password is not None
-    connection = await nats.connect(
-        stack.nats_url, user=stack.nats_user, password=stack.nats_password.get_secret_value(), max_reconnect_attempts=0
-    )
+async def test_nats_lets_in_by_key_only(stack: Endpoints) -> None:
+    bus = await Bus.join(stack, "oona")
     try:
-        assert connection.max_payload == 1024 * 1024
-        assert (await connection.jetstream().account_info()).limits is not None
+        assert bus.client.max_payload == 1024 * 1024
+        assert (await bus.jetstream.account_info()).limits is not None
     finally:
-        await connection.close()
+        await bus.close()
     host, port = stack.nats_url.removeprefix("nats://").split(":")
     with socket.create_connection((host, int(port)), timeout=5) as anonymous, anonymous.makefile("rb") as answers:
         anonymous.sendall(b"CONNECT {}\r\nPING\r\n")
@@ -77,9 +73,9 @@ def test_nothing_listens_beyond_loopback(stack: Endpoints) -> None:
 
 
 def test_no_secret_shows_in_the_process_list_or_the_logs(stack: Endpoints) -> None:
-    assert stack.nats_password is not None
+    assert stack.nats_keys_dir is not None
     secret = {
-        stack.nats_password.get_secret_value(),
+        *(seed.read_text() for seed in stack.nats_keys_dir.iterdir()),
         stack.s3_secret_key.get_secret_value(),
         json.loads((stack.data_dir / "secrets" / "credentials.json").read_text())["postgres_password"],
     }

@@ -219,7 +219,7 @@ def test_external_servers_are_watched_and_not_started(request: pytest.FixtureReq
         {
             "data_dir": folder,
             "services_command": (),
-            "nats": {"url": shared.nats_url, "user": shared.nats_user, "password": shared.nats_password},
+            "nats": {"url": shared.nats_url, "user": "esper", "password": "of theirs"},
             "postgres": {"dsn": shared.postgres_dsn},
             "s3": {
                 "endpoint": shared.s3_endpoint,
