@@ -34,7 +34,14 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def own_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A nats-server of our own: consumers have global names, and other tests purge the shared one."""
-    folder, port = tmp_path_factory.mktemp("nats"), free_port()
+    with nats_in(tmp_path_factory.mktemp("nats")) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def nats_in(folder: Path) -> Iterator[str]:
+    """The address of a running nats-server that keeps its streams in ``folder``."""
+    port = free_port()
     config = folder / "nats.conf"
     config.write_text(f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{folder}" }}\n')
     program = Path(sys.executable).with_name("nats-server")
@@ -45,9 +52,11 @@ def own_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             break
         assert time.monotonic() < deadline, "nats-server does not listen"
         time.sleep(0.02)
-    yield f"nats://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
+    try:
+        yield f"nats://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
