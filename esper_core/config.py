@@ -89,6 +89,12 @@ class UpkeepSection(Section):
         allow_inf_nan=False,
         description="a built kernel that Urabrask has not judged by then is not waited for",
     )
+    collect_hours: float = Field(
+        6.0, ge=0, le=8760, allow_inf_nan=False, description="between collections of the library's garbage; 0: none"
+    )
+    keep_unused: int = Field(
+        1000, ge=0, le=100_000_000, description="never used kernels stay while they are among the newest so many"
+    )
 
 
 class PlatformConfig(Section):

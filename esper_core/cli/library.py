@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from esper_core.cli.command import Invocation, command, noun
-from esper_core.cli.output import console, enum_name, enum_value, fields, plain, short, table, words
+from esper_core.cli.output import console, enum_name, enum_value, fields, moment, number, plain, short, table, words
 from esper_core.cli.query import StatusName
 from esper_core.errors import Corrupt, InvalidInput, NotFound
 from esper_core.pb.esper.core.v1.kernel_pb2 import KernelStatus
@@ -43,7 +43,7 @@ async def gc(
     """Forget kernels that are rejected, retired, or old and never used; delete bytes that no kernel needs.
 
     Blueprints stay, and a forgotten kernel leaves a note, so that what was rejected or retired cannot come back. May be
-    broken off at any moment; the next one goes on.
+    broken off at any moment; the next one goes on. The library does it by itself, too: `esperctl library status`.
 
     Example:  esperctl library gc --dry-run
 
@@ -64,6 +64,28 @@ async def gc(
         ("kept", f"{last.kept:,} kernels"),
     ]
     call.output.document(plain(last) | {"dry_run": dry_run}, fields(pairs))
+
+
+@command(app, "status")
+async def status(call: Invocation) -> None:
+    """Tell how the collections are getting on that the library does by itself.
+
+    How often is set at `esperctl up`: ESPER_UPKEEP__COLLECT_HOURS (6; 0 turns them off), ESPER_UPKEEP__KEEP_UNUSED (1000).
+
+    Example:  esperctl library status
+    """
+    async with call.platform() as platform:
+        found: urza_pb2.GetUpkeepResponse = await platform.urza.GetUpkeep(urza_pb2.GetUpkeepRequest())
+    off = not found.every_seconds
+    did = f"{found.forgotten:,} kernels forgotten, {found.blobs:,} blobs, {found.bytes:,} bytes deleted; {found.kept:,} kept"
+    pairs = [
+        ("collects", "never: it is turned off" if off else f"every {number(found.every_seconds / 3600)} h"),
+        ("keeps", f"the newest {found.keep_unused:,} never used kernels"),
+        ("next", f"now, by {found.holder}" if found.holder else moment(found.due)),
+        ("last begun", moment(found.begun)), ("last finished", moment(found.finished)), ("it", did if found.passes else None),
+        ("failed", found.reason),
+    ]  # fmt: skip
+    call.output.document(plain(found), fields(pairs))
 
 
 @command(app, "export")

@@ -36,6 +36,7 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "StreamNative": _ANYONE,
         "UpdateKernelStatus": _only("urabrask", "operator"),
         "CollectGarbage": _only("operator"),
+        "GetUpkeep": _ANYONE,
         "ImportLibrary": _only("operator"),
     },
     "esper.tezzeret.v1.TezzeretService": {

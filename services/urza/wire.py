@@ -12,6 +12,7 @@ from services.urza.imports import Told
 from services.urza.lineage import Lineage
 from services.urza.query import Order, Query
 from services.urza.retention import Progress
+from services.urza.upkeep import Standing
 from services.urza.usage import Usage
 
 
@@ -85,6 +86,24 @@ def progress(found: Progress) -> urza_pb2.CollectGarbageResponse:
         bytes=found.bytes,
         kept=found.kept,
         done=found.done,
+    )
+
+
+def upkeep(found: Standing, every_seconds: float, keep_unused: int) -> urza_pb2.GetUpkeepResponse:
+    due, begun, finished = (moment.isoformat() if moment else "" for moment in (found.due, found.begun, found.finished))
+    return urza_pb2.GetUpkeepResponse(
+        every_seconds=every_seconds,
+        keep_unused=keep_unused,
+        due=due,
+        holder=found.holder,
+        begun=begun,
+        finished=finished,
+        reason=found.reason,
+        passes=found.passes,
+        forgotten=found.forgotten,
+        blobs=found.blobs,
+        bytes=found.bytes,
+        kept=found.kept,
     )
 
 
