@@ -34,6 +34,7 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "StreamKernel": _ANYONE,
         "UploadNative": _only("tezzeret"),
         "StreamNative": _ANYONE,
+        "ListNatives": _ANYONE,
         "UpdateKernelStatus": _only("urabrask", "operator"),
         "CollectGarbage": _only("operator"),
         "GetUpkeep": _ANYONE,

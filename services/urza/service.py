@@ -42,6 +42,7 @@ async def build(platform: Platform) -> Service:
         handler=field.handle,
         ordered=False,
     )
+    natives = Natives(platform.database, platform.blobs, trust)
     wanted = platform.endpoints.upkeep
     retention = Retention(platform.database, platform.blobs)
     upkeep = Upkeep(platform.database, retention, wanted.collect_hours * 3600, wanted.keep_unused)
@@ -53,8 +54,8 @@ async def build(platform: Platform) -> Service:
         retention,
         upkeep,
         field,
-        Imports(platform.database, blueprints, library, trust),
-        Natives(platform.database, platform.blobs, trust),
+        Imports(platform.database, blueprints, library, natives, trust),
+        natives,
     )
     tasks = (reports, upkeep.run) if wanted.collect_hours else (reports,)
     return Service(NAME, (ServedService(SERVICE, register, servicer),), tasks)

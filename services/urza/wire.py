@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from esper_core.kernel.record import KernelRecord
 from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
@@ -108,22 +110,32 @@ def upkeep(found: Standing, every_seconds: float, keep_unused: int) -> urza_pb2.
 
 
 def told(found: Told) -> urza_pb2.ImportLibraryResponse:
-    kernel = summary = None
-    if found.record is not None:
-        kernel = urza_pb2.ImportedKernel(
-            kernel_id=found.record.manifest.kernel_id,
-            status=None if found.status is None else kernel_pb2.KernelStatus.Name(found.status),
-            created=found.created,
-            note=found.note,
+    answer = urza_pb2.ImportLibraryResponse(total=found.total, finished=found.finished)
+    if found.native is not None and found.record is not None:
+        part = found.native.record
+        answer.native.CopyFrom(
+            urza_pb2.ImportedNative(
+                kernel_id=part.kernel_id,
+                blueprint_name=found.record.manifest.blueprint.name,
+                target=part.target,
+                toolchain=part.toolchain,
+                kept=found.status is not None,
+                created=found.created,
+                note=found.note,
+                hint=found.hint,
+            )
+        )
+    elif found.record is not None:
+        answer.kernel.CopyFrom(
+            urza_pb2.ImportedKernel(
+                kernel_id=found.record.manifest.kernel_id,
+                status=None if found.status is None else kernel_pb2.KernelStatus.Name(found.status),
+                created=found.created,
+                note=found.note,
+                blueprint_name=found.record.manifest.blueprint.name,
+                hint=found.hint,
+            )
         )
     if found.done:
-        sums = found.summary
-        summary = urza_pb2.ImportSummary(
-            key_id=sums.key_id,
-            blueprints=sums.blueprints,
-            kernels=sums.kernels,
-            unmeasured=sums.unmeasured,
-            known=sums.known,
-            left_out=sums.left_out,
-        )
-    return urza_pb2.ImportLibraryResponse(total=found.total, finished=found.finished, kernel=kernel, summary=summary)
+        answer.summary.CopyFrom(urza_pb2.ImportSummary(**asdict(found.summary)))
+    return answer
