@@ -281,12 +281,13 @@ async def _follow(call: Invocation, platform: Platform, search_id: str) -> None:
                 call.output.line({}, words(f"generation {news.generation}/{news.generations}  ", _told(news)))
     if not call.output.json:
         call.output.document({}, _summary(seen))
-        call.output.note("`esperctl karn archive` shows what was found")
     if seen.state == karn_pb2.SEARCH_STATE_GAVE_UP:
         raise DeadlineExceeded(
             f"search {seen.search_id} gave up: {seen.reason}",
             hint="`esperctl status` says whether Urabrask is there; what it judges later still enters the archive",
         )
+    if not call.output.json:
+        call.output.note("`esperctl karn archive` shows what was found")
 
 
 async def _news(platform: Platform, search_id: str) -> AsyncIterator[karn_pb2.Search]:

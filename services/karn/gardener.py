@@ -76,12 +76,14 @@ class Gardener:
                 connection.terminate()  # ends the lock for certain
 
     async def _work(self) -> None:
+        await self._nursery.wait_anew()
         while True:
             rung = self._bell.expect(NEWS)
             try:
                 moved = await self.round()
             except Unavailable as error:
                 LOG.warning("away", error=error.message)
+                await self._nursery.wait_anew()
                 await self._bell.wait(rung, AWAY_SECONDS)
                 continue
             if not moved:

@@ -222,6 +222,10 @@ class Nursery:
         )
         return bool(found)
 
+    async def wait_anew(self) -> None:
+        """Count the patience from now on: while nobody looked, or the library was away, no verdict could be seen."""
+        await self._database.execute("UPDATE karn.designs SET built = now() WHERE state = 2 AND built IS NOT NULL")
+
     async def unjudged(self, connection: Connection, row: Row, reason: str) -> bool:
         """Wait for its verdict no longer; whether no verdict on any kernel has come in since it was built."""
         silent = await connection.fetchval(

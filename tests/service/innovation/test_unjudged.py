@@ -131,6 +131,30 @@ async def test_a_search_without_a_judge_gives_up_and_its_kernels_count_once_he_i
         assert (again.state, again.unjudged) == (karn_pb2.SEARCH_STATE_GAVE_UP, 0)
 
 
+async def test_the_hours_that_a_platform_was_down_are_not_counted(impatient: Endpoints) -> None:
+    patient = impatient.model_copy(update={"upkeep": UpkeepSection(verdict_seconds=100.0)})
+    async with serving(patient, WITHOUT) as innovation:
+        karn = karn_of(innovation)
+        interface_id = await offer(innovation, interface(in_width=8, out_width=8))
+        await until(lambda: known(karn, interface_id))
+        wish = karn_pb2.StartSearchRequest(interface_ids=[interface_id], generations=1, population=1, seed=5)
+        search_id = (await karn.StartSearch(wish)).search.search_id
+
+        async def built() -> bool:
+            return all([each.kernel_id for each in await proposals(karn, interface_id)] or [False])
+
+        await until(built, 60)
+    async with asyncpg.create_pool(patient.postgres_dsn.get_secret_value(), min_size=1, max_size=1) as pool:
+        tag = await pool.execute("UPDATE karn.designs SET built = built - interval '1 hour' WHERE state = 2")
+        assert tag == "UPDATE 1"
+    async with serving(patient, (*WITHOUT, "urabrask")) as innovation:
+        async with asyncio.timeout(90):
+            request = karn_pb2.WatchSearchRequest(search_id=search_id)
+            async for news in karn_of(innovation).WatchSearch(request):
+                told = news.search
+        assert (told.state, told.unjudged) == (karn_pb2.SEARCH_STATE_FINISHED, 0)
+
+
 async def test_a_kernel_that_alone_has_no_verdict_holds_no_search_up(impatient: Endpoints) -> None:
     """Others are judged: the search goes on without it, for the judge is there."""
     dsn = impatient.postgres_dsn.get_secret_value()
