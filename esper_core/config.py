@@ -80,6 +80,23 @@ class MetricsSection(Section):
     port: int | None = Field(None, ge=0, le=65535)
 
 
+class UpkeepSection(Section):
+    """What the platform does by itself, and how long it waits: the one place where these are set."""
+
+    verdict_seconds: float = Field(
+        1800.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="a built kernel that Urabrask has not judged by then is not waited for",
+    )
+    collect_hours: float = Field(
+        6.0, ge=0, le=8760, allow_inf_nan=False, description="between collections of the library's garbage; 0: none"
+    )
+    keep_unused: int = Field(
+        1000, ge=0, le=100_000_000, description="never used kernels stay while they are among the newest so many"
+    )
+
+
 class PlatformConfig(Section):
     """What ``esperctl up`` starts. Variables: ``ESPER_DATA_DIR``, ``ESPER_NATS__URL``, ``ESPER_GRPC__PORT`` …"""
 
@@ -89,6 +106,7 @@ class PlatformConfig(Section):
     s3: S3Section = S3Section()
     grpc: GrpcSection = GrpcSection()
     metrics: MetricsSection = MetricsSection()
+    upkeep: UpkeepSection = UpkeepSection()
     services_command: tuple[str, ...] | None = Field(
         None, description="the process that serves the services; nothing: `python -m services`; empty: none at all"
     )
@@ -123,6 +141,7 @@ class Endpoints(Section):
     keys_dir: Path = Field(
         description="tezzeret.key, urabrask.key, operator.key (PEM), trust.json (public keys by id and role)"
     )
+    upkeep: UpkeepSection = UpkeepSection()
 
 
 def read_endpoints(data_dir: Path) -> Endpoints:

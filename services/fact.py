@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from esper_core.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from esper_core.bus.database import Connection
     from esper_core.bus.envelope import Event
 
 
@@ -38,3 +39,35 @@ def fact_of(event: Event) -> Fact:
     if told != envelope.run_id:
         raise InvalidInput(f"event {envelope.event_id} of run {envelope.run_id!r} speaks of {told!r}")
     return Fact(envelope.event_id, envelope.run_id, envelope.sequence, envelope.created.ToDatetime(tzinfo=dt.UTC))
+
+
+async def come_back(connection: Connection, schema: str, fact: Fact, epoch: int, *, voids: str) -> bool:
+    """Note in a projection's ``runs`` and ``registrations`` that a run has begun or come back at ``epoch``.
+
+    What it had told before of that epoch and later ones is void; ``voids`` is the table of ``schema`` to take it out of.
+
+    Returns:
+        Whether the run has not registered later still.
+    """
+    registered: int = await connection.fetchval(
+        f"""
+        INSERT INTO {schema}.runs AS r (run_id, registered) VALUES ($1, $2)
+        ON CONFLICT (run_id) DO UPDATE SET registered = greatest(r.registered, excluded.registered)
+        RETURNING registered
+        """,  # noqa: S608 - the names are the caller's own
+        fact.run_id,
+        fact.sequence,
+    )
+    await connection.execute(
+        f"INSERT INTO {schema}.registrations VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",  # noqa: S608
+        fact.run_id,
+        fact.sequence,
+        epoch,
+    )
+    await connection.execute(
+        f"DELETE FROM {schema}.{voids} WHERE run_id = $1 AND sequence < $2 AND epoch >= $3",  # noqa: S608
+        fact.run_id,
+        fact.sequence,
+        epoch,
+    )
+    return registered == fact.sequence

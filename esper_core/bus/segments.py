@@ -146,6 +146,23 @@ class Segments:
             _log.error("spool.damaged", file=segment.path.name, offset=place.offset, events=lost)
         return [], Place(following.first - 1, following.first, 0)
 
+    def after(self, sequence: int) -> Iterator[Record]:
+        """The records behind ``sequence`` that are kept; others may append and forget meanwhile.
+
+        Raises:
+            Unavailable: the disk cannot be read.
+        """
+        with self._guard:
+            ends = [segment.first - 1 for segment in self._segments[1:]] + [self.last]
+            wanted = [segment for segment, end in zip(self._segments, ends, strict=True) if end > sequence]
+        for segment in wanted:
+            with _disk_errors(self._folder):
+                try:
+                    data = segment.path.read_bytes()
+                except FileNotFoundError:  # forgotten meanwhile: it was delivered
+                    continue
+            yield from (record for record in decode(data) if record.sequence > sequence)
+
     def forget(self, place: Place, keep_bytes: int) -> None:
         """Remove whole segments before ``place``, oldest first, as long as more than ``keep_bytes`` are kept."""
         with self._guard, _disk_errors(self._folder):

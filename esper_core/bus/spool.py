@@ -9,6 +9,7 @@ everything kept is sent again.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -103,6 +104,15 @@ class Spool:
         sequence = self._segments.append(subject, sealed)
         envelope.sequence = envelope.sequence or sequence
         return sequence
+
+    def after(self, sequence: int) -> Iterator[EventEnvelope]:
+        """The events behind ``sequence`` as far as they are kept; see ``forgotten``."""
+        return (EventEnvelope.FromString(record.data) for record in self._segments.after(sequence))
+
+    @property
+    def forgotten(self) -> int:
+        """Records up to this one were delivered and are kept no more; 0 while all are kept."""
+        return self._segments.start.sequence
 
     def sync(self) -> None:
         """Make everything appended so far survive a power cut; raises Exhausted or Unavailable when it may not."""

@@ -17,10 +17,11 @@ from google.protobuf import json_format
 
 from esper_core.errors import Corrupt, InvalidInput, NotFound, Unavailable
 from esper_core.pb.esper.core.v1.kernel_pb2 import KernelRecord
-from esper_core.pb.esper.urza.v1 import urza_pb2
+from esper_core.pb.esper.urza.v1 import native_pb2, urza_pb2
 
 if TYPE_CHECKING:
     from esper_core.cli.platform import Platform
+    from esper_core.kernel.native import NativeRecord
 
 TRIES = 5
 """Broken streams in a row, without a byte in between, until it is given up."""
@@ -143,6 +144,20 @@ async def chunks(platform: Platform, kernel_id: str, offset: int = 0) -> AsyncIt
             raise Corrupt(f"{kernel_id}: damaged on the way at byte {position}", hint="pull it again")
         yield chunk.data
         position += len(chunk.data)
+
+
+async def native_chunks(platform: Platform, record: NativeRecord) -> AsyncIterator[bytes]:
+    """The bytes of a native part; whoever gets them compares their digest.
+
+    Raises:
+        EsperError: what the library answers.
+    """
+    request = native_pb2.StreamNativeRequest(
+        kernel_id=record.kernel_id, target=record.target, toolchain=record.toolchain
+    )
+    async for piece in platform.urza.StreamNative(request):
+        if piece.WhichOneof("part") == "chunk":
+            yield piece.chunk
 
 
 def read_local(path: Path) -> tuple[KernelRecord, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from esper_core.cli.command import Invocation, command
 from esper_core.cli.output import cell, console, enum_name, fields, number, plain, short, table
 from esper_core.cli.resolve import kernel_of
-from esper_core.errors import Conflict, NotFound, Unsupported
+from esper_core.errors import Conflict, DeadlineExceeded, NotFound, Unsupported
 from esper_core.pb.esper.core.v1.kernel_pb2 import KernelStatus, Measurement, RejectionReason
 from esper_core.pb.esper.urabrask.v1 import urabrask_pb2
 
@@ -48,7 +49,8 @@ async def bench(
 ) -> None:
     """Have a kernel measured again and show every figure with its spread from run to run.
 
-    Each run is a full evaluation: a kernel that fails one is withdrawn. The last run's figures stay.
+    Each run is a full evaluation: a kernel that fails one is withdrawn. The last run's figures stay. Exit code 9 when one
+    is not over within upkeep.verdict_seconds (set by ESPER_UPKEEP__VERDICT_SECONDS at `esperctl up`); it may still end.
 
     Example:  esperctl kernel bench kernel-3f0c1ab2 --repeat 10
     """
@@ -129,18 +131,33 @@ async def _measured(platform: Platform, kernel_id: str) -> urabrask_pb2.Evaluati
 
     Raises:
         Conflict: it ended without a measurement.
+        DeadlineExceeded: it did not end while the platform's patience lasts.
     """
+    patience = platform.endpoints.upkeep.verdict_seconds
+    end = time.monotonic() + patience
     await platform.urabrask.Evaluate(urabrask_pb2.EvaluateRequest(kernel_id=kernel_id))
     request = urabrask_pb2.GetEvaluationRequest(kernel_id=kernel_id)
     while True:
         found: urabrask_pb2.Evaluation = (await platform.urabrask.GetEvaluation(request)).evaluation
         if found.phase == urabrask_pb2.PHASE_DONE:
             break
+        if time.monotonic() > end:
+            raise DeadlineExceeded(
+                f"{short(kernel_id)} is not judged after {patience:g} s: {_phase(found)}",
+                hint="`esperctl status` says whether Urabrask is there; `esperctl kernel show` what it found later",
+            )
         await asyncio.sleep(POLL_SECONDS)
     if found.verdict != KernelStatus.KERNEL_STATUS_VALIDATED or not found.HasField("measurement"):
         status = enum_name(KernelStatus.DESCRIPTOR, found.verdict)
         raise Conflict(f"{short(kernel_id)} is {status}: {found.reason}", hint="only what is fit is measured")
     return found
+
+
+def _phase(found: urabrask_pb2.Evaluation) -> str:
+    """How far it is, in words."""
+    if found.phase == urabrask_pb2.PHASE_QUEUED:
+        return "it waits for a judge"
+    return f"it is in phase {enum_name(urabrask_pb2.Phase.DESCRIPTOR, found.phase)}"
 
 
 def _figure(run: urabrask_pb2.Evaluation, name: str) -> float | None:

@@ -29,7 +29,7 @@ from esper_core.cli.output import (
     words,
 )  # fmt: skip
 from esper_core.cli.resolve import LATEST, run_of, slot_of
-from esper_core.errors import Conflict, InvalidInput
+from esper_core.errors import Conflict, DeadlineExceeded, InvalidInput
 from esper_core.pb.esper.core.v1 import blueprint_pb2
 from esper_core.pb.esper.karn.v1 import karn_pb2
 
@@ -52,6 +52,7 @@ class StateName(enum.StrEnum):
     MEASURED = "measured"
     FAILED = "failed"
     REJECTED = "rejected"
+    UNJUDGED = "unjudged"
 
 
 @command(app, "run")
@@ -72,7 +73,8 @@ async def run_search(
     """Breed designs generation after generation: propose, build, measure, keep the best of every kind.
 
     Without --run or --interface for every slot interface known. The search belongs to the platform: it goes on when this
-    command ends, and after a restart. With -o json one line per news.
+    command ends, and after a restart. It gives up, exit code 9, when Urabrask judges nothing for upkeep.verdict_seconds.
+    With -o json one line per news.
 
     Example:  esperctl karn run --generations 20 --run latest --slot fc2:fc3
 
@@ -279,6 +281,12 @@ async def _follow(call: Invocation, platform: Platform, search_id: str) -> None:
                 call.output.line({}, words(f"generation {news.generation}/{news.generations}  ", _told(news)))
     if not call.output.json:
         call.output.document({}, _summary(seen))
+    if seen.state == karn_pb2.SEARCH_STATE_GAVE_UP:
+        raise DeadlineExceeded(
+            f"search {seen.search_id} gave up: {seen.reason}",
+            hint="`esperctl status` says whether Urabrask is there; what it judges later still enters the archive",
+        )
+    if not call.output.json:
         call.output.note("`esperctl karn archive` shows what was found")
 
 
@@ -309,10 +317,11 @@ def _state(search: karn_pb2.Search) -> str:
 def _summary(search: karn_pb2.Search) -> RenderableType:
     return fields(
         [
-            ("search", search.search_id), ("state", _state(search)),
+            ("search", search.search_id), ("state", _state(search)), ("because", search.reason or None),
             ("generation", f"{search.generation}/{search.generations}"), ("population", str(search.population)),
             ("interfaces", ", ".join(map(short, search.interface_ids))), ("proposed", str(search.proposed)),
-            ("waiting", str(search.waiting)), ("unfit", str(search.unfit)), ("best", _best(search)),
+            ("waiting", str(search.waiting)), ("unfit", str(search.unfit)),
+            ("unjudged", str(search.unjudged) if search.unjudged else None), ("best", _best(search)),
             ("seed", str(search.seed)), ("started", moment(search.created)),
         ]
     )  # fmt: skip

@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from esper_core.cli.command import Invocation, command, noun
-from esper_core.cli.output import console, enum_name, enum_value, fields, plain, short, table, words
+from esper_core.cli.output import console, enum_name, enum_value, fields, moment, number, plain, short, table, words
 from esper_core.cli.query import StatusName
-from esper_core.errors import Corrupt, InvalidInput, NotFound
+from esper_core.errors import Conflict, Corrupt, InvalidInput, NotFound, Untrusted
 from esper_core.pb.esper.core.v1.kernel_pb2 import KernelStatus
-from esper_core.pb.esper.urza.v1 import urza_pb2
+from esper_core.pb.esper.urza.v1 import native_pb2, urza_pb2
 
 if TYPE_CHECKING:
     from esper_core.cli.platform import Platform
-    from esper_core.kernel.bundle import Design, Plan
+    from esper_core.kernel.bundle import Design, Native, Plan
     from esper_core.kernel.record import KernelRecord
 
 app = noun("library", "The library of blueprints and kernels as a whole.")
 
 KEY_FILE = "operator.key"
 PAGE = 500
+PARTS = 100  # kernels asked for native parts at once; the contract's bound
 PIECE = 256 * 1024  # bytes; the contract's bound on a piece
 
 
@@ -43,7 +45,7 @@ async def gc(
     """Forget kernels that are rejected, retired, or old and never used; delete bytes that no kernel needs.
 
     Blueprints stay, and a forgotten kernel leaves a note, so that what was rejected or retired cannot come back. May be
-    broken off at any moment; the next one goes on.
+    broken off at any moment; the next one goes on. The library does it by itself, too: `esperctl library status`.
 
     Example:  esperctl library gc --dry-run
 
@@ -66,6 +68,28 @@ async def gc(
     call.output.document(plain(last) | {"dry_run": dry_run}, fields(pairs))
 
 
+@command(app, "status")
+async def status(call: Invocation) -> None:
+    """Tell how the collections are getting on that the library does by itself.
+
+    How often is set at `esperctl up`: ESPER_UPKEEP__COLLECT_HOURS (6; 0 turns them off), ESPER_UPKEEP__KEEP_UNUSED (1000).
+
+    Example:  esperctl library status
+    """
+    async with call.platform() as platform:
+        found: urza_pb2.GetUpkeepResponse = await platform.urza.GetUpkeep(urza_pb2.GetUpkeepRequest())
+    off = not found.every_seconds
+    did = f"{found.forgotten:,} kernels forgotten, {found.blobs:,} blobs, {found.bytes:,} bytes deleted; {found.kept:,} kept"
+    pairs = [
+        ("collects", "never: it is turned off" if off else f"every {number(found.every_seconds / 3600)} h"),
+        ("keeps", f"the newest {found.keep_unused:,} never used kernels"),
+        ("next", f"now, by {found.holder}" if found.holder else moment(found.due)),
+        ("last begun", moment(found.begun)), ("last finished", moment(found.finished)), ("it", did if found.passes else None),
+        ("failed", found.reason),
+    ]  # fmt: skip
+    call.output.document(plain(found), fields(pairs))
+
+
 @command(app, "export")
 async def export(
     call: Invocation,
@@ -77,11 +101,15 @@ async def export(
     born_of: Annotated[
         str, typer.Option(help="Only of blueprints brought by this principal.", show_default="any")
     ] = "",
+    natives: Annotated[
+        bool,
+        typer.Option("--natives/--no-natives", help="Native parts of these kernels, too; they make the file larger."),
+    ] = True,
 ) -> None:
     """Write blueprints and kernels, with their papers and weights, into one file signed with the operator's key.
 
-    Without options that is the whole library; with some, the kernels they choose and the blueprints of these. `tar -tf`
-    lists what is in it.
+    Without options that is the whole library; with some, the kernels they choose and the blueprints of these. Native parts
+    go with the statements that their builders signed. `tar -tf` lists what is in it.
 
     Example:  esperctl library export library.esper
 
@@ -103,10 +131,17 @@ async def export(
         records = [record async for record in _records(platform, query)]
         wanted = {record.manifest.blueprint_id for record in records} | {query.blueprint_id}
         designs = [one async for one in _designs(platform) if not narrowed or one.blueprint.id in wanted]
-        plan = Plan(designs, records)
+        parts = await _natives(platform, [record.manifest.kernel_id for record in records]) if natives else []
+        plan = Plan(designs, records, parts)
         with _progress("fetching") as progress:
             size = await _write(platform, plan, key, file, progress)
-    document = {"file": str(file), "blueprints": len(designs), "kernels": len(records), "bytes": size}
+    document: dict[str, Any] = {
+        "file": str(file),
+        "blueprints": len(designs),
+        "kernels": len(records),
+        "natives": len(parts),
+    }
+    document["bytes"] = size
     call.output.document(document, fields(document.items()))
 
 
@@ -119,35 +154,69 @@ async def import_library(
 
     Who signed it must be on this platform's trust list (keys/trust.json) with role "library". A kernel keeps its verdict
     only when keys on that list signed its build and its validation; without a trusted validation it comes in as COMPILED
-    and is measured again here, without a trusted build it is left out.
+    and is measured again here, without a trusted build it is left out, and so is a native part. What is left out is listed
+    with the reason; then the exit code is 11, or 5 when it was left out only because it was forgotten here for good.
 
     Example:  esperctl library import library.esper
     """
     if not os.access(file, os.R_OK):
         raise NotFound(f"no readable file {file}", hint="`esperctl library export` makes one")
-    changed: list[urza_pb2.ImportedKernel] = []
+    noted: list[urza_pb2.ImportedKernel] = []
+    parts: list[urza_pb2.ImportedNative] = []
     summary = urza_pb2.ImportSummary()
     async with call.platform() as platform:
         with _progress("taking in") as progress:
             task = progress.add_task("", total=None)
             async for told in platform.urza.ImportLibrary(_pieces(file)):
                 progress.update(task, total=told.total, completed=told.finished)
-                if told.HasField("kernel"):
-                    changed.append(told.kernel)
+                if told.kernel.note and (told.kernel.created or not told.kernel.status):
+                    noted.append(told.kernel)
+                if told.native.note:
+                    parts.append(told.native)
                 if told.HasField("summary"):
                     summary = told.summary
+    document = plain(summary) | {"noted": [plain(one) | {"status": _became(one)} for one in noted]}
+    call.output.document(document | {"noted_natives": [plain(one) for one in parts]}, *_taken_in(summary, noted, parts))
+    _complain(summary)
+
+
+def _taken_in(
+    summary: urza_pb2.ImportSummary, noted: list[urza_pb2.ImportedKernel], parts: list[urza_pb2.ImportedNative]
+) -> list[RenderableType]:
+    """What a person reads of an import: the sum, what is not as it was exported, and what can be done about that."""
     pairs = [
-        ("signed by", f"key {summary.key_id}"), ("new", f"{summary.blueprints:,} blueprints, {summary.kernels:,} kernels"),
+        ("signed by", f"key {summary.key_id}"),
+        ("new", f"{summary.blueprints:,} blueprints, {summary.kernels:,} kernels, {summary.natives:,} native parts"),
         ("known", f"{summary.known:,} were there already"),
         ("to be measured", f"{summary.unmeasured:,} kernels, by this platform's Urabrask" if summary.unmeasured else None),
-        ("left out", f"{summary.left_out:,} kernels" if summary.left_out else None),
+        ("left out", _left_out(summary)),
     ]  # fmt: skip
-    noted = [one for one in changed if one.note and (one.created or not one.status)]
-    rows = [(short(one.kernel_id), _became(one), one.note) for one in noted]
-    views: list[Any] = [fields(pairs)]
+    rows: list[tuple[str | None, ...]] = [
+        (short(one.kernel_id), one.blueprint_name, None, _became(one), one.note) for one in noted
+    ]
+    rows += [(short(one.kernel_id), one.blueprint_name, one.target, None, one.note) for one in parts]
+    views: list[RenderableType] = [fields(pairs)]
     if rows:
-        views += [words(" "), table(("KERNEL", "NOW", "*WHY"), rows, empty="")]
-    call.output.document(plain(summary) | {"noted": [plain(one) | {"status": _became(one)} for one in noted]}, *views)
+        views += [words(" "), table(("KERNEL", "NAME", "NATIVE FOR", "NOW", "*WHY"), rows, empty="")]
+    hints = dict.fromkeys([one.hint for one in noted if one.hint] + [one.hint for one in parts if one.hint])
+    return views + [words("hint: ", hint) for hint in hints]
+
+
+def _left_out(summary: urza_pb2.ImportSummary) -> str:
+    """How many, in words; empty when nothing was."""
+    counts = ((summary.left_out, "kernels"), (summary.natives_left_out, "native parts"))
+    return ", ".join(f"{count:,} {what}" for count, what in counts if count)
+
+
+def _complain(summary: urza_pb2.ImportSummary) -> None:
+    """Raises: Untrusted, Conflict: something was left out."""
+    if summary.untrusted:
+        hint = "each is named above with its reason; keys/trust.json says whose statements count here"
+        raise Untrusted(
+            f"left out: {_left_out(summary)}; no trusted key speaks for {summary.untrusted:,} of them", hint=hint
+        )
+    if left_out := _left_out(summary):
+        raise Conflict(f"left out: {left_out}; they were forgotten here for good", hint="export without them")
 
 
 def _became(one: urza_pb2.ImportedKernel) -> str | None:
@@ -182,6 +251,32 @@ async def _designs(platform: Platform) -> AsyncIterator[Design]:
         request.page_token = page.next_page_token
 
 
+async def _natives(platform: Platform, kernel_ids: list[str]) -> list[Native]:
+    from esper_core.kernel.bundle import Native
+    from esper_core.kernel.native import NativeRecord
+    from esper_core.kernel.sign import Attestation
+    from esper_core.rpc.convert import from_proto
+
+    found: list[Native] = []
+    for start in range(0, len(kernel_ids), PARTS):
+        request = native_pb2.ListNativesRequest(kernel_ids=kernel_ids[start : start + PARTS])
+        answer: native_pb2.ListNativesResponse = await platform.urza.ListNatives(request)
+        found += [
+            Native(record=from_proto(one.record, NativeRecord), attestation=from_proto(one.attestation, Attestation))
+            for one in answer.natives
+        ]
+    return found
+
+
+def _bytes_of(platform: Platform, source: KernelRecord | Native) -> AsyncIterator[bytes]:
+    from esper_core.cli.download import chunks, native_chunks
+    from esper_core.kernel.bundle import Native
+
+    if isinstance(source, Native):
+        return native_chunks(platform, source.record)
+    return chunks(platform, source.manifest.kernel_id)
+
+
 async def _write(platform: Platform, plan: Plan, key: bytes, file: Path, progress: Progress) -> int:
     """Write the file beside its place and move it there when it is whole; its size.
 
@@ -189,8 +284,8 @@ async def _write(platform: Platform, plan: Plan, key: bytes, file: Path, progres
         InvalidInput: the place cannot be written.
         Corrupt: what the library sends is not what its manifests promise.
     """
-    from esper_core.cli.download import chunks
-    from esper_core.kernel.bundle import END, blob_header, padding
+    from esper_core.kernel.bundle import blob_header
+    from esper_core.kernel.tape import END, padding
 
     task = progress.add_task("", total=len(plan.blobs))
     part, written = None, 0
@@ -202,7 +297,7 @@ async def _write(platform: Platform, plan: Plan, key: bytes, file: Path, progres
             for digest, size in plan.blobs.items():
                 written += out.write(blob_header(digest, size))
                 came = hashlib.sha256()
-                async for data in chunks(platform, plan.source[digest].manifest.kernel_id):
+                async for data in _bytes_of(platform, plan.source[digest]):
                     written += out.write(data)
                     came.update(data)
                 if came.hexdigest() != digest:

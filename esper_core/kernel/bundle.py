@@ -1,4 +1,4 @@
-"""A library in one signed file: blueprints, kernels with their papers, and weights.
+"""A library in one signed file: blueprints, kernels with their papers, weights, and native parts with theirs.
 
 The file is a tar archive that ``tar`` can list, written in exactly one way: ``signature.json``, ``index.json``, then
 every entry of the index in its order, nothing compressed, nothing else. The signature covers the index, the index every
@@ -10,23 +10,22 @@ Free of torch.
 
 from __future__ import annotations
 
-import hashlib
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from esper_core.blueprint.interface import canonical_json
 from esper_core.blueprint.ir import BlueprintIR
 from esper_core.clock import SYSTEM, Clock
-from esper_core.errors import Corrupt, InvalidInput, Untrusted
-from esper_core.ids import sha256
-from esper_core.kernel.manifest import MAX_BLOB_BYTES
+from esper_core.errors import Corrupt, InvalidInput
+from esper_core.ids import content_id, sha256
+from esper_core.kernel.native import NativeRecord
 from esper_core.kernel.record import KernelRecord
 from esper_core.kernel.sign import PREDICATES, Attestation, Statement, Subject, sign
+from esper_core.kernel.tape import AGAIN, BLOCK, SIGNATURE, Entry, Tape, header, padding
 from esper_core.kernel.trust import TrustList, verify
 
 MAX_BUNDLE = 4 << 30  # bytes of a file
@@ -35,11 +34,7 @@ MAX_INDEX = 32 << 20  # bytes
 MAX_PAPER = 1 << 20  # bytes of one blueprint or kernel record
 MAX_SIGNATURE = 256 << 10  # bytes
 
-SIGNATURE, INDEX, SUBJECT = "signature.json", "index.json", "library"
-_BLOCK = 512
-_END = bytes(2 * _BLOCK)
-_NAME = r"^(blueprints/blueprint-[0-9a-f]{64}\.json|kernels/kernel-[0-9a-f]{64}\.json|blobs/[0-9a-f]{64})$"
-_AGAIN = "get the file again from whoever exported it"
+INDEX, SUBJECT = "index.json", "library"
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -52,23 +47,27 @@ class Design(BaseModel):
     created_by: str = Field(pattern=r"^[a-z][a-z0-9_-]{0,62}$")
 
 
-class Entry(BaseModel):
-    """One file in the archive."""
+class Native(BaseModel):
+    """A native part's papers: what it is, and the builder's signed statement about it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=_NAME)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    bytes: int = Field(ge=0, le=MAX_BLOB_BYTES)
+    record: NativeRecord
+    attestation: Attestation
+
+    @property
+    def id(self) -> str:
+        """``native-<sha256>`` of both."""
+        return content_id("native", canonical_json(self.model_dump(mode="json")))
 
 
 class Index(BaseModel):
-    """What is in the archive, in order."""
+    """What is in the archive, in order. Version 2 has native parts; a file without any is of version 1, as ever."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["esper-library"] = "esper-library"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     entries: tuple[Entry, ...] = Field(max_length=MAX_ENTRIES)
 
     def canonical(self) -> bytes:
@@ -81,16 +80,19 @@ class Plan:
     Args:
         designs: the blueprints; those of all kernels must be among them.
         records: the kernels.
+        natives: native parts of these kernels.
 
     Raises:
-        InvalidInput: a kernel's blueprint is missing, or the file would be too large.
+        InvalidInput: a kernel's blueprint or a native part's kernel is missing, or the file would be too large.
     """
 
-    def __init__(self, designs: Iterable[Design], records: Iterable[KernelRecord]) -> None:
+    def __init__(
+        self, designs: Iterable[Design], records: Iterable[KernelRecord], natives: Iterable[Native] = ()
+    ) -> None:
         papers = {f"blueprints/{one.blueprint.id}.json": canonical_json(one.model_dump(mode="json")) for one in designs}
         blobs: dict[str, int] = {}
-        self.source: dict[str, KernelRecord] = {}
-        """A kernel that has the blob, by digest."""
+        self.source: dict[str, KernelRecord | Native] = {}
+        """A kernel, or a native part, that has the blob, by digest."""
         for record in records:
             manifest = record.manifest
             if f"blueprints/{manifest.blueprint_id}.json" not in papers:
@@ -98,13 +100,21 @@ class Plan:
             papers[f"kernels/{manifest.kernel_id}.json"] = canonical_json(record.model_dump(mode="json"))
             blobs[manifest.blob_sha256] = manifest.blob_bytes
             self.source[manifest.blob_sha256] = record
+        version: Literal[1, 2] = 1
+        for native in natives:
+            version = 2
+            if f"kernels/{native.record.kernel_id}.json" not in papers:
+                raise InvalidInput(f"{native.id} comes without its kernel", hint="export both")
+            papers[f"natives/{native.id}.json"] = canonical_json(native.model_dump(mode="json"))
+            blobs[native.record.blob_sha256] = native.record.blob_bytes
+            self.source.setdefault(native.record.blob_sha256, native)
         self._papers = dict(sorted(papers.items()))
         self.blobs = dict(sorted(blobs.items()))
         """Sizes of the blobs by digest, in the order in which they are to be written."""
         entries = [Entry(name=name, sha256=sha256(data), bytes=len(data)) for name, data in self._papers.items()]
         entries += [Entry(name=f"blobs/{digest}", sha256=digest, bytes=size) for digest, size in self.blobs.items()]
         _bounded(entries)
-        self.index = Index(entries=tuple(entries))
+        self.index = Index(version=version, entries=tuple(entries))
 
     def head(self, private_pem: bytes) -> Iterator[bytes]:
         """The file up to the first blob, signed with an ECDSA P-256 private key (PEM).
@@ -123,25 +133,9 @@ class Plan:
             yield header(name, len(data)) + data + padding(len(data))
 
 
-def header(name: str, size: int) -> bytes:
-    """The one header of an entry."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = size, 0o644
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-def padding(size: int) -> bytes:
-    """What follows an entry of ``size`` bytes."""
-    return bytes(-size % _BLOCK)
-
-
 def blob_header(digest: str, size: int) -> bytes:
     """The header of a blob's entry; the bytes, their ``padding`` and at last ``END`` follow."""
     return header(f"blobs/{digest}", size)
-
-
-END = _END
-"""What ends a file."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +147,7 @@ class Library:
     """Key that signed it."""
     designs: Sequence[Design]
     records: Sequence[KernelRecord]
+    natives: Sequence[Native]
     places: Mapping[str, tuple[int, int]]
     """Position and size of every blob by digest."""
 
@@ -167,7 +162,7 @@ class Library:
             file.seek(start)
             data = file.read(size)
         if sha256(data) != digest:
-            raise Corrupt(f"{self.path.name} changed while it was read", hint=_AGAIN)
+            raise Corrupt(f"{self.path.name} changed while it was read", hint=AGAIN)
         return data
 
 
@@ -180,16 +175,17 @@ def read(path: Path, trust: TrustList, *, clock: Clock = SYSTEM) -> Library:
         Corrupt: it was altered or ends early.
     """
     with path.open("rb") as file:
-        tape = _Tape(file)
+        tape = Tape(file)
         signature = _parsed(Attestation, tape.small(SIGNATURE, MAX_SIGNATURE), SIGNATURE)
         said = verify(signature, trust, "library", clock=clock).subject[0]
         data = tape.small(INDEX, MAX_INDEX)
         if said.name != SUBJECT or said.digest != {"sha256": sha256(data)}:
-            raise Corrupt("the index is not the one that was signed", hint=_AGAIN)
+            raise Corrupt("the index is not the one that was signed", hint=AGAIN)
         index = _parsed(Index, data, INDEX)
         _bounded(index.entries)
         designs: list[Design] = []
         records: list[KernelRecord] = []
+        natives: list[Native] = []
         places: dict[str, tuple[int, int]] = {}
         for entry in index.entries:
             folder, _, name = entry.name.partition("/")
@@ -199,80 +195,13 @@ def read(path: Path, trust: TrustList, *, clock: Clock = SYSTEM) -> Library:
             paper = tape.entry(entry)
             if folder == "blueprints":
                 designs.append(_named(_parsed(Design, paper, entry.name), entry))
+            elif folder == "natives":
+                natives.append(_named(_parsed(Native, paper, entry.name), entry))
             else:
                 records.append(_named(_parsed(KernelRecord, paper, entry.name), entry))
         tape.end()
-    _complete(designs, records, places)
-    return Library(path, signature.key_id, designs, records, places)
-
-
-class _Tape:
-    """The file from front to back."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def small(self, name: str, most: int) -> bytes:
-        """An entry whose size only its header tells."""
-        block = self._take(_BLOCK)
-        try:
-            info = tarfile.TarInfo.frombuf(block, "ascii", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError):
-            raise InvalidInput("this is no library file", hint="`esperctl library export` makes one") from None
-        if info.name != name:
-            if name == SIGNATURE:
-                raise Untrusted(f"the file is not signed: it begins with {info.name[:80]!r}", hint=_AGAIN)
-            raise Corrupt(f"{info.name[:80]!r} stands where {name} belongs", hint=_AGAIN)
-        if not 0 < info.size <= most:
-            raise InvalidInput(f"{name} of {info.size} bytes", hint=f"at most {most}")
-        if block != header(name, info.size):
-            raise Corrupt(f"the header of {name} was altered", hint=_AGAIN)
-        return self._data(info.size)
-
-    def entry(self, entry: Entry) -> bytes:
-        """The next entry, which must be this one."""
-        self._head(entry)
-        data = self._data(entry.bytes)
-        if sha256(data) != entry.sha256:
-            raise Corrupt(f"{entry.name} was altered", hint=_AGAIN)
-        return data
-
-    def skim(self, entry: Entry) -> int:
-        """As ``entry``, piece by piece; where its bytes begin."""
-        self._head(entry)
-        start, left, digest = self._file.tell(), entry.bytes, hashlib.sha256()
-        while left:
-            piece = self._take(min(left, 1 << 20))
-            digest.update(piece)
-            left -= len(piece)
-        self._pad(entry.bytes)
-        if digest.hexdigest() != entry.sha256:
-            raise Corrupt(f"{entry.name} was altered", hint=_AGAIN)
-        return start
-
-    def end(self) -> None:
-        """Nothing may follow."""
-        if self._take(len(_END)) != _END or self._file.read(1):
-            raise Corrupt("there is more in the file than its index says", hint=_AGAIN)
-
-    def _head(self, entry: Entry) -> None:
-        if self._take(_BLOCK) != header(entry.name, entry.bytes):
-            raise Corrupt(f"the header of {entry.name} was altered", hint=_AGAIN)
-
-    def _data(self, size: int) -> bytes:
-        data = self._take(size)
-        self._pad(size)
-        return data
-
-    def _pad(self, size: int) -> None:
-        if any(self._take(-size % _BLOCK)):
-            raise Corrupt("something is hidden between two entries", hint=_AGAIN)
-
-    def _take(self, size: int) -> bytes:
-        data = self._file.read(size)
-        if len(data) < size:
-            raise Corrupt(f"the file ends early, after {self._file.tell()} bytes", hint=_AGAIN)
-        return data
+    _complete(designs, records, natives, places)
+    return Library(path, signature.key_id, designs, records, natives, places)
 
 
 def _parsed(model: type[_M], data: bytes, name: str) -> _M:
@@ -281,44 +210,59 @@ def _parsed(model: type[_M], data: bytes, name: str) -> _M:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"][:4])
-        raise InvalidInput(f"{name} is malformed: {where}: {first['msg'][:200]}", hint=_AGAIN) from None
+        raise InvalidInput(f"{name} is malformed: {where}: {first['msg'][:200]}", hint=AGAIN) from None
 
 
-_Paper = TypeVar("_Paper", Design, KernelRecord)
+_Paper = TypeVar("_Paper", Design, KernelRecord, Native)
 
 
 def _named(paper: _Paper, entry: Entry) -> _Paper:
-    own = paper.blueprint.id if isinstance(paper, Design) else paper.manifest.kernel_id
+    own = _own_id(paper)
     if entry.name.partition("/")[2] != f"{own}.json":
-        raise Corrupt(f"{entry.name} holds {own}", hint=_AGAIN)
+        raise Corrupt(f"{entry.name} holds {own}", hint=AGAIN)
     return paper
+
+
+def _own_id(paper: Design | KernelRecord | Native) -> str:
+    if isinstance(paper, Design):
+        return paper.blueprint.id
+    return paper.id if isinstance(paper, Native) else paper.manifest.kernel_id
 
 
 def _bounded(entries: Sequence[Entry]) -> None:
     if len(entries) > MAX_ENTRIES:
         raise InvalidInput(f"a library file of {len(entries)} entries", hint=f"at most {MAX_ENTRIES}; export a part")
     if len({entry.name for entry in entries}) != len(entries):
-        raise InvalidInput("an entry is listed twice", hint=_AGAIN)
+        raise InvalidInput("an entry is listed twice", hint=AGAIN)
     for entry in entries:
         if not entry.name.startswith("blobs/") and entry.bytes > MAX_PAPER:
             raise InvalidInput(f"{entry.name} of {entry.bytes} bytes", hint=f"at most {MAX_PAPER}")
-    total = sum(entry.bytes + len(padding(entry.bytes)) + _BLOCK for entry in entries)
+    total = sum(entry.bytes + len(padding(entry.bytes)) + BLOCK for entry in entries)
     if total > MAX_BUNDLE - MAX_INDEX - MAX_SIGNATURE:
         raise InvalidInput(f"a library file of {total} bytes", hint=f"at most {MAX_BUNDLE}; export a part")
 
 
 def _complete(
-    designs: Sequence[Design], records: Sequence[KernelRecord], places: Mapping[str, tuple[int, int]]
+    designs: Sequence[Design],
+    records: Sequence[KernelRecord],
+    natives: Sequence[Native],
+    places: Mapping[str, tuple[int, int]],
 ) -> None:
-    """Every kernel has its blueprint and its bytes, and no bytes are nobody's."""
+    """Every kernel has its blueprint and its bytes, every native part its kernel and its bytes, and no bytes are nobody's."""
     blueprints = {design.blueprint.id for design in designs}
-    wanted: dict[str, int] = {}
+    wanted: set[str] = set()
     for record in records:
         manifest = record.manifest
         if manifest.blueprint_id not in blueprints:
-            raise InvalidInput(f"{manifest.kernel_id} comes without its blueprint", hint=_AGAIN)
-        wanted[manifest.blob_sha256] = manifest.blob_bytes
+            raise InvalidInput(f"{manifest.kernel_id} comes without its blueprint", hint=AGAIN)
+        wanted.add(manifest.blob_sha256)
         if places.get(manifest.blob_sha256, (0, -1))[1] != manifest.blob_bytes:
-            raise InvalidInput(f"{manifest.kernel_id} comes without its bytes", hint=_AGAIN)
-    if places.keys() - wanted.keys():
-        raise InvalidInput("there are bytes in the file that no kernel has", hint=_AGAIN)
+            raise InvalidInput(f"{manifest.kernel_id} comes without its bytes", hint=AGAIN)
+    kernels = {record.manifest.kernel_id for record in records}
+    for native in natives:
+        part = native.record
+        wanted.add(part.blob_sha256)
+        if part.kernel_id not in kernels or places.get(part.blob_sha256, (0, -1))[1] != part.blob_bytes:
+            raise InvalidInput(f"{native.id} comes without its kernel or its bytes", hint=AGAIN)
+    if places.keys() - wanted:
+        raise InvalidInput("there are bytes in the file that no kernel has", hint=AGAIN)

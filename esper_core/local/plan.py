@@ -85,4 +85,5 @@ def _endpoints(config: PlatformConfig, layout: Layout, made: Credentials, chosen
         s3_secret_key=secret_key or SecretStr(made.s3_secret_key),
         tls_dir=layout.tls,
         keys_dir=layout.keys,
+        upkeep=config.upkeep,
     )

@@ -34,8 +34,10 @@ _TABLE: dict[str, dict[str, frozenset[str]]] = {
         "StreamKernel": _ANYONE,
         "UploadNative": _only("tezzeret"),
         "StreamNative": _ANYONE,
+        "ListNatives": _ANYONE,
         "UpdateKernelStatus": _only("urabrask", "operator"),
         "CollectGarbage": _only("operator"),
+        "GetUpkeep": _ANYONE,
         "ImportLibrary": _only("operator"),
     },
     "esper.tezzeret.v1.TezzeretService": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from esper_core.bus.database import Connection
 from esper_core.control.carve.papers import CarveEvent, CarveSurvey, Proposal
 from services.emrakul.plans import Plans
-from services.fact import Fact
+from services.fact import Fact, come_back
 
 _ORDER = "SELECT pg_advisory_xact_lock(hashtext('emrakul.plans'))"
 
@@ -19,26 +19,7 @@ class Projection:
     async def register(self, connection: Connection, fact: Fact, epoch: int) -> None:
         """Note that a run has begun or come back at ``epoch``: what it had told of later epochs is void."""
         await connection.execute(_ORDER)
-        await connection.execute(
-            """
-            INSERT INTO emrakul.runs AS r (run_id, registered) VALUES ($1, $2)
-            ON CONFLICT (run_id) DO UPDATE SET registered = greatest(r.registered, excluded.registered)
-            """,
-            fact.run_id,
-            fact.sequence,
-        )
-        await connection.execute(
-            "INSERT INTO emrakul.registrations VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
-            fact.run_id,
-            fact.sequence,
-            epoch,
-        )
-        await connection.execute(
-            "DELETE FROM emrakul.surveys WHERE run_id = $1 AND sequence < $2 AND epoch >= $3",
-            fact.run_id,
-            fact.sequence,
-            epoch,
-        )
+        await come_back(connection, "emrakul", fact, epoch, voids="surveys")
         rows = await connection.fetch(
             "SELECT DISTINCT plan_id FROM emrakul.events WHERE run_id = $1 AND epoch >= $2", fact.run_id, epoch
         )

@@ -43,9 +43,19 @@ class Gardener:
         bell: rings when there is news.
         nursery, searches: the rows.
         trade: library and forge.
+        patience_seconds: how long a kernel that is built is waited for; one that is judged later still counts.
     """
 
-    def __init__(self, database: Pool, bell: Bell, nursery: Nursery, searches: Searches, trade: Trade) -> None:
+    def __init__(
+        self,
+        database: Pool,
+        bell: Bell,
+        nursery: Nursery,
+        searches: Searches,
+        trade: Trade,
+        patience_seconds: float,
+    ) -> None:
+        self._patience = patience_seconds
         self._database, self._bell = database, bell
         self._nursery, self._searches, self._trade = nursery, searches, trade
 
@@ -66,12 +76,14 @@ class Gardener:
                 connection.terminate()  # ends the lock for certain
 
     async def _work(self) -> None:
+        await self._nursery.wait_anew()
         while True:
             rung = self._bell.expect(NEWS)
             try:
                 moved = await self.round()
             except Unavailable as error:
                 LOG.warning("away", error=error.message)
+                await self._nursery.wait_anew()
                 await self._bell.wait(rung, AWAY_SECONDS)
                 continue
             if not moved:
@@ -124,8 +136,23 @@ class Gardener:
                 moved = True
             elif record is not None:
                 async with self._database.acquire() as connection, connection.transaction():
-                    moved |= await self._nursery.judged(connection, record) is not None
+                    judged = await self._nursery.judged(connection, record) is not None
+                moved |= judged or await self._waited(row, record.manifest.kernel_id)
         return moved
+
+    async def _waited(self, row: Row, kernel_id: str) -> bool:
+        """Wait no longer for a verdict that is overdue; where the bench is silent altogether, its search ends."""
+        if not await self._nursery.overdue(row, kernel_id, self._patience):
+            return False
+        reason = f"built, and not judged by Urabrask within {self._patience:g} s; a later verdict still counts"
+        async with self._database.acquire() as connection, connection.transaction():
+            silent = await self._nursery.unjudged(connection, row, reason)
+            if silent and row.tale.search_id:
+                why = f"Urabrask judged nothing for {self._patience:g} s while {row.design.ir.name} and others waited"
+                await self._searches.give_up(connection, row.tale.search_id, why)
+            await self._bell.ring(connection, NEWS)
+        LOG.warning("verdict.overdue", kernel_id=kernel_id, search_id=row.tale.search_id, silent=silent)
+        return True
 
     async def _advance(self, search: Search) -> bool:
         wish, generation = search.wish, search.generation

@@ -27,6 +27,8 @@ class State(enum.IntEnum):
     MEASURED = 3
     FAILED = 4
     REJECTED = 5
+    UNJUDGED = 6
+    """Built, and not judged in time; a verdict that comes later still counts."""
 
 
 @dataclass(frozen=True)
@@ -180,10 +182,11 @@ class Nursery:
         await self.meet(connection, manifest.interface)
         await connection.execute(
             """INSERT INTO karn.designs AS d (interface_id, form, ir, blueprint_id, symbols, state, operator, units,
-                   kernel_id, lessons, forward_seconds, reason)
-               VALUES ($1, $2, $3, $4, $5, $6, 'found', $7, $8, $9, $10, $11)
+                   kernel_id, lessons, forward_seconds, reason, judged)
+               VALUES ($1, $2, $3, $4, $5, $6, 'found', $7, $8, $9, $10, $11, now())
                ON CONFLICT (interface_id, form) DO UPDATE SET state = excluded.state, kernel_id = excluded.kernel_id,
-                   lessons = excluded.lessons, forward_seconds = excluded.forward_seconds, reason = excluded.reason""",
+                   lessons = excluded.lessons, forward_seconds = excluded.forward_seconds, reason = excluded.reason,
+                   judged = excluded.judged""",
             design.interface.id,
             design.form,
             own.model_dump_json(),
@@ -205,6 +208,34 @@ class Nursery:
     async def failed(self, row: Row, reason: str) -> None:
         """It cannot be built."""
         await self._move(row, "state = 4, reason = $3", reason[:500])
+
+    async def overdue(self, row: Row, kernel_id: str, patience_seconds: float) -> bool:
+        """Note that its kernel is there and has no verdict; whether that has been so for longer than the patience."""
+        found = await self._database.fetchval(
+            """UPDATE karn.designs SET kernel_id = $3, built = coalesce(built, now())
+               WHERE interface_id = $1 AND form = $2 AND state = 2
+               RETURNING built + make_interval(secs => $4) < now()""",
+            row.design.interface.id,
+            row.design.form,
+            kernel_id,
+            patience_seconds,
+        )
+        return bool(found)
+
+    async def wait_anew(self) -> None:
+        """Count the patience from now on: while nobody looked, or the library was away, no verdict could be seen."""
+        await self._database.execute("UPDATE karn.designs SET built = now() WHERE state = 2 AND built IS NOT NULL")
+
+    async def unjudged(self, connection: Connection, row: Row, reason: str) -> bool:
+        """Wait for its verdict no longer; whether no verdict on any kernel has come in since it was built."""
+        silent = await connection.fetchval(
+            """UPDATE karn.designs d SET state = 6, reason = $3 WHERE interface_id = $1 AND form = $2 AND state = 2
+               RETURNING NOT EXISTS (SELECT FROM karn.designs other WHERE other.judged >= d.built)""",
+            row.design.interface.id,
+            row.design.form,
+            reason[:500],
+        )
+        return bool(silent)
 
     async def report(
         self, connection: Connection, report_id: str, kernel_id: str, *, kept: bool, rolled_back: bool

@@ -21,6 +21,7 @@ class SearchState(enum.IntEnum):
     RUNNING = 1
     FINISHED = 2
     STOPPED = 3
+    GAVE_UP = 4
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,15 @@ class Search:
     proposed: int
     waiting: int
     unfit: int
+    unjudged: int
+    reason: str
+    """Why it gave up."""
     progress: tuple[Progress, ...]
 
 
 _SELECT = """
 SELECT s.*, count(d.form) AS proposed, count(d.form) FILTER (WHERE d.state IN (1, 2)) AS waiting,
-       count(d.form) FILTER (WHERE d.state IN (4, 5)) AS unfit
+       count(d.form) FILTER (WHERE d.state IN (4, 5)) AS unfit, count(d.form) FILTER (WHERE d.state = 6) AS unjudged
 FROM karn.searches s LEFT JOIN karn.designs d ON d.search_id = s.search_id
 """
 
@@ -119,7 +123,19 @@ class Searches:
 
     async def stop(self, connection: Connection, search_id: str) -> None:
         """End it, unless it is over, and forget what it proposed and nobody has begun to build."""
-        await connection.execute("UPDATE karn.searches SET state = 3 WHERE search_id = $1 AND state = 1", search_id)
+        await self._end(connection, search_id, SearchState.STOPPED)
+
+    async def give_up(self, connection: Connection, search_id: str, reason: str) -> None:
+        """As ``stop``, but not by a person's wish."""
+        await self._end(connection, search_id, SearchState.GAVE_UP, reason)
+
+    async def _end(self, connection: Connection, search_id: str, state: SearchState, reason: str = "") -> None:
+        await connection.execute(
+            "UPDATE karn.searches SET state = $2, reason = $3 WHERE search_id = $1 AND state = 1",
+            search_id,
+            int(state),
+            reason[:500],
+        )
         await connection.execute("DELETE FROM karn.designs WHERE search_id = $1 AND state = 1", search_id)
 
     async def bred(self, search_id: str, generation: int) -> set[str]:
@@ -181,6 +197,8 @@ class Searches:
                     row["proposed"],
                     row["waiting"],
                     row["unfit"],
+                    row["unjudged"],
+                    row["reason"],
                     tuple(Progress(**dict(each)) for each in figures),
                 )
             )

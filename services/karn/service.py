@@ -30,7 +30,8 @@ async def build(platform: Platform) -> Service:
     channel = platform.channel(PRINCIPAL)
     trade = Trade(UrzaStub(channel), TezzeretStub(channel))
     nursery, searches = Nursery(platform.database), Searches(platform.database)
-    gardener = Gardener(platform.database, platform.bell, nursery, searches, trade)
+    patience = platform.endpoints.upkeep.verdict_seconds
+    gardener = Gardener(platform.database, platform.bell, nursery, searches, trade, patience)
     hearing = Hearing(nursery, trade, platform.bell)
     take = partial(consume, platform.database, platform.bus)
     heard = (

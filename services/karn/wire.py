@@ -26,6 +26,8 @@ def search(found: Search) -> karn_pb2.Search:
         proposed=found.proposed,
         waiting=found.waiting,
         unfit=found.unfit,
+        unjudged=found.unjudged,
+        reason=found.reason,
         progress=[progress(each) for each in found.progress],
         created=found.created.isoformat(),
     )
@@ -67,7 +69,7 @@ def proposal(row: Row, level: int) -> karn_pb2.Proposal:
         parent_ids=design.ir.parent_ids,
         why=tale.why,
         state=karn_pb2.ProposalState.Name(row.state),
-        reason=row.reason if row.state in (State.FAILED, State.REJECTED) else "",
+        reason=row.reason if row.state in (State.FAILED, State.REJECTED, State.UNJUDGED) else "",
         units=design.units,
         kernel_id=row.kernel_id,
         blueprint=to_proto(design.ir, blueprint_pb2.BlueprintIR),

@@ -12,7 +12,7 @@ from typing import Any
 
 from esper_core.bus.database import Connection
 from esper_core.lifecycle import State
-from services.fact import Fact
+from services.fact import Fact, come_back
 
 Json = Mapping[str, Any]
 
@@ -57,29 +57,7 @@ class Projection:
     async def register(self, connection: Connection, fact: Fact, epoch: int, slots: Mapping[str, str]) -> None:
         """Note that a run has begun or come back at ``epoch``; ``slots`` maps its slots to their interfaces' ids."""
         await connection.execute(_ORDER)
-        await connection.execute(
-            """
-            INSERT INTO kasmina.runs AS r (run_id, registered) VALUES ($1, $2)
-            ON CONFLICT (run_id) DO UPDATE SET registered = greatest(r.registered, excluded.registered)
-            """,
-            fact.run_id,
-            fact.sequence,
-        )
-        await connection.execute(
-            "INSERT INTO kasmina.registrations VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
-            fact.run_id,
-            fact.sequence,
-            epoch,
-        )
-        await connection.execute(
-            "DELETE FROM kasmina.telemetry WHERE run_id = $1 AND sequence < $2 AND epoch >= $3",
-            fact.run_id,
-            fact.sequence,
-            epoch,
-        )
-        if fact.sequence >= await connection.fetchval(
-            "SELECT registered FROM kasmina.runs WHERE run_id = $1", fact.run_id
-        ):
+        if await come_back(connection, "kasmina", fact, epoch, voids="telemetry"):
             await connection.execute("DELETE FROM kasmina.slots WHERE run_id = $1", fact.run_id)
             await connection.executemany(
                 "INSERT INTO kasmina.slots VALUES ($1, $2, $3)",

@@ -12,6 +12,7 @@ from esper_core.bus import subjects
 from esper_core.bus.envelope import wrap
 from esper_core.bus.spool import Spool
 from esper_core.errors import EsperError
+from esper_core.ids import sha256
 from esper_core.log import get
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from esper_core.pb.esper.core.v1 import carve_pb2, decision_pb2, lifecycle_pb2, run_pb2
@@ -59,14 +60,24 @@ class Facts:
 
     def epoch(self, boundary: Boundary) -> None:
         """An epoch is over."""
-        self.catch_up(boundary, self.position)
+        self._tell_all(of_epoch(self.run_id, boundary), boundary.figures.epoch)
 
     def catch_up(self, boundary: Boundary, since: int) -> None:
-        """Tell what is missing of an epoch's facts, given that the first of them follows fact number ``since``."""
-        facts = of_epoch(self.run_id, boundary)
-        for fact in facts[self.position - since :]:
-            self._tell(fact, boundary.figures.epoch)
-        self.spool.sync()
+        """Tell what is missing of an epoch's facts, given that none of them stands before fact number ``since``.
+
+        What is there is read from the spool, not counted: registrations and ends of other processes of the run may stand
+        between an epoch's facts.
+        """
+        if (
+            self.spool.forgotten > since
+        ):  # so much was told and delivered since that nothing of the epoch can be missing
+            return
+        epoch = boundary.figures.epoch
+        told = {(said.type, said.payload_sha256) for said in self.spool.after(since) if said.epoch == epoch}
+        facts = [
+            (subject, message) for subject, message in of_epoch(self.run_id, boundary) if _name(message) not in told
+        ]
+        self._tell_all(facts, epoch)
 
     def ended(self, state: run_pb2.RunState, results: dict[str, float], reason: str, report: str, epoch: int) -> None:
         """The run is over, for now or for good."""
@@ -74,6 +85,11 @@ class Facts:
             run_id=self.run_id, state=state, results=results, reason=reason[:500], report=report[:1000]
         )
         self._tell((subjects.RUN_EVENTS, message), epoch)
+        self.spool.sync()
+
+    def _tell_all(self, facts: list[Fact], epoch: int) -> None:
+        for fact in facts:
+            self._tell(fact, epoch)
         self.spool.sync()
 
     def _tell(self, fact: Fact, epoch: int) -> None:
@@ -84,6 +100,11 @@ class Facts:
         except EsperError as error:
             self.lost += 1
             log.error("fact.lost", run_id=self.run_id, subject=full, lost=self.lost, reason=error.message)
+
+
+def _name(message: Message) -> tuple[str, str]:
+    """Type and digest, as the message's envelope has them."""
+    return message.DESCRIPTOR.full_name, sha256(message.SerializeToString(deterministic=True))
 
 
 def of_epoch(run_id: str, boundary: Boundary) -> list[Fact]:

@@ -4,6 +4,7 @@ The operator's signature brings the file in; it does not speak for the kernels. 
 on this platform's own trust list say of it: its build by a forge, its verdict by an evaluator, with the measurement and
 the tags that stand in the signed statement and not those beside it. A kernel without such a verdict comes in as COMPILED
 and is put before Urabrask in the same transaction; one whose forge is not trusted here could never run and is left out.
+So is a native part whose builder is not, and one of a kernel that was left out. Whatever is left out is told by name.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ from esper_core.bus import subjects
 from esper_core.bus.database import Connection, Pool
 from esper_core.bus.envelope import wrap
 from esper_core.bus.outbox import enqueue
-from esper_core.errors import InvalidInput, Unavailable, Untrusted
+from esper_core.errors import InvalidInput, NotFound, Unavailable, Untrusted
 from esper_core.kernel import bundle
 from esper_core.kernel.manifest import KernelManifest
+from esper_core.kernel.native import verify_native
 from esper_core.kernel.record import KernelRecord, KernelStatus, Measurement
 from esper_core.kernel.sign import Attestation
 from esper_core.kernel.trust import TrustList, verify_statement
 from esper_core.pb.esper.bus.v1 import bus_pb2
 from services.urza.blueprints import Blueprints
 from services.urza.library import Library
+from services.urza.native import Natives
 from services.urza.records import attest
 from services.urza.verdicts import Verdict, move
 
@@ -49,12 +52,14 @@ class Fate:
         build: the trusted build statement; None: it is left out.
         verdicts: status changes to make after it has been stored, each with what stands behind it.
         note: why it is not as it was exported; empty when it is.
+        hint: what to do when it is left out.
     """
 
     record: KernelRecord
     build: Attestation | None
     verdicts: tuple[Verdict, ...] = ()
     note: str = ""
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,20 +72,26 @@ class Summary:
     unmeasured: int = 0
     known: int = 0
     left_out: int = 0
+    natives: int = 0
+    natives_left_out: int = 0
+    untrusted: int = 0
+    """Of those left out, such as no listed key speaks for."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """How far an import is; with ``record``, what became of that kernel."""
+    """How far an import is; with ``record``, what became of that kernel, with ``native`` as well, of that native part."""
 
     total: int
     finished: int
     summary: Summary
     record: KernelRecord | None = None
+    native: bundle.Native | None = None
     status: KernelStatus | None = None
-    """In this library now; None when it was left out."""
+    """The kernel's in this library now; None when it, or the native part, was left out."""
     created: bool = False
     note: str = ""
+    hint: str = ""
     done: bool = False
 
 
@@ -91,14 +102,16 @@ class Imports:
         database: where the rows are.
         blueprints: the shelf of blueprints.
         library: the shelf of kernels.
+        natives: the shelf of native parts.
         trust: path of the list of keys whose statements count.
     """
 
-    def __init__(self, database: Pool, blueprints: Blueprints, library: Library, trust: Path) -> None:
-        self._database, self._blueprints, self._library, self._trust = database, blueprints, library, trust
+    def __init__(self, database: Pool, blueprints: Blueprints, library: Library, natives: Natives, trust: Path) -> None:
+        self._database, self._blueprints, self._library = database, blueprints, library
+        self._natives, self._trust = natives, trust
 
     async def take(self, pieces: AsyncIterator[bytes], principal: str) -> AsyncIterator[Told]:
-        """Verify what ``pieces`` add up to, then keep it; yields after every blueprint and kernel.
+        """Verify what ``pieces`` add up to, then keep it; yields after every blueprint, kernel and native part.
 
         Raises:
             InvalidInput: it is no library file, exceeds a bound, or claims figures that are not its blueprints'.
@@ -111,12 +124,14 @@ class Imports:
             trust = await asyncio.to_thread(TrustList.load, self._trust)
             library = await asyncio.to_thread(bundle.read, Path(file.name), trust)
             fates = await asyncio.to_thread(lambda: [fate(record, trust) for record in library.records])
-            async for told in self._keep(library, fates, principal):
+            async for told in self._keep(library, fates, trust, principal):
                 yield told
 
-    async def _keep(self, library: bundle.Library, fates: list[Fate], principal: str) -> AsyncIterator[Told]:
+    async def _keep(
+        self, library: bundle.Library, fates: list[Fate], trust: TrustList, principal: str
+    ) -> AsyncIterator[Told]:
         sums = Summary(key_id=library.key_id)
-        told = Told(len(library.designs) + len(fates), 0, sums)
+        told = Told(len(library.designs) + len(fates) + len(library.natives), 0, sums)
         for design in library.designs:
             if await self._blueprints.put(design.blueprint, design.created_by):
                 sums = replace(sums, blueprints=sums.blueprints + 1)
@@ -127,17 +142,24 @@ class Imports:
         for one in fates:
             told = await self._kept(library, one, replace(told, finished=told.finished + 1), principal)
             yield told
-        _LOG.info("urza.imported", key_id=sums.key_id, kernels=told.summary.kernels, left_out=told.summary.left_out)
-        yield replace(told, record=None, done=True)
+        stored = {one.record.manifest.kernel_id: one.record for one in fates}
+        for native in library.natives:
+            told = replace(told, finished=told.finished + 1, record=stored[native.record.kernel_id], native=native)
+            told = await self._kept_native(library, native, trust, told, principal)
+            yield told
+        sums = told.summary
+        _LOG.info(
+            "urza.imported", key_id=sums.key_id, kernels=sums.kernels, left_out=sums.left_out, natives=sums.natives
+        )
+        yield replace(told, record=None, native=None, done=True)
 
     async def _kept(self, library: bundle.Library, one: Fate, told: Told, principal: str) -> Told:
         sums, manifest = told.summary, one.record.manifest
         buried = await self._library.buried(manifest.kernel_id)
         if one.build is None or buried:
-            return replace(
-                told, record=one.record, status=None, created=False, note=buried or one.note,
-                summary=replace(sums, left_out=sums.left_out + 1),
-            )  # fmt: skip
+            sums = replace(sums, left_out=sums.left_out + 1, untrusted=sums.untrusted + (not buried))
+            note, hint = (buried, "") if buried else (one.note, one.hint)
+            return replace(told, record=one.record, status=None, created=False, note=note, hint=hint, summary=sums)
         blob = await asyncio.to_thread(library.blob, manifest.blob_sha256)
         created = await self._library.put(manifest, one.build, blob, principal, partial(_settle, one))
         now = (await self._library.get(manifest.kernel_id)).record.status
@@ -146,7 +168,28 @@ class Imports:
         else:
             sums = replace(sums, known=sums.known + 1)
         note = one.note if created else "it was there already and stays as it is"
-        return replace(told, record=one.record, status=now, created=created, note=note, summary=sums)
+        return replace(told, record=one.record, status=now, created=created, note=note, hint="", summary=sums)
+
+    async def _kept_native(
+        self, library: bundle.Library, native: bundle.Native, trust: TrustList, told: Told, principal: str
+    ) -> Told:
+        record, sums = native.record, told.summary
+        without = replace(sums, natives_left_out=sums.natives_left_out + 1)
+        out = replace(told, status=None, created=False, summary=without)
+        try:
+            verify_native(record, native.attestation, trust)
+        except Untrusted as error:
+            sums = replace(without, untrusted=without.untrusted + 1)
+            hint = _hint(native.attestation, trust, error)
+            return replace(out, note=f"left out: {error.message}", hint=hint, summary=sums)
+        blob = await asyncio.to_thread(library.blob, record.blob_sha256)
+        try:
+            created = await self._natives.put(record, native.attestation, blob, principal)
+        except NotFound:
+            return replace(out, note="left out: its kernel is not in this library", hint="")
+        now = (await self._library.get(record.kernel_id)).record.status
+        sums = replace(sums, natives=sums.natives + created, known=sums.known + (not created))
+        return replace(told, status=now, created=created, note="", hint="", summary=sums)
 
 
 def fate(record: KernelRecord, trust: TrustList) -> Fate:
@@ -165,7 +208,8 @@ def fate(record: KernelRecord, trust: TrustList) -> Fate:
     try:
         verify_statement(manifest, build, trust, "build")
     except Untrusted as error:
-        return Fate(record, None, note=f"left out: {error.message}; have its blueprint built here")
+        note = f"left out: {error.message}; have its blueprint built here"
+        return Fate(record, None, note=note, hint=_hint(build, trust, error))
     try:
         verdict = _verdict(manifest, others, trust)
     except Untrusted as error:
@@ -174,6 +218,16 @@ def fate(record: KernelRecord, trust: TrustList) -> Fate:
     if record.status is KernelStatus.RETIRED and verdict.status is KernelStatus.VALIDATED:
         verdicts.append(Verdict(KernelStatus.RETIRED, record.reason))
     return Fate(record, build, tuple(verdicts))
+
+
+def _hint(attestation: Attestation, trust: TrustList, error: Untrusted) -> str:
+    """What would have to be done for a build statement to count here."""
+    if any(key.key_id == attestation.key_id for key in trust.keys):
+        return error.hint
+    return (
+        f"if you trust that forge, copy the entry of key {attestation.key_id} (role build) from its platform's "
+        "keys/trust.json into this one's and import again"
+    )
 
 
 def _verdict(manifest: KernelManifest, statements: list[Attestation], trust: TrustList) -> Verdict:

@@ -5,9 +5,10 @@ The library hashes the bytes and checks the signature; it neither runs nor judge
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
+import asyncpg
 import grpc
 
 from esper_core.bus.database import Connection, Pool
@@ -95,8 +96,7 @@ class Natives:
         )
         if row is None:
             raise NotFound(f"{kernel_id} has no native part for this machine and torch", hint="it runs without")
-        record = NativeRecord.model_validate_json(row["record"])
-        fields = ("payload_type", "payload", "key_id", "signature")
+        record, attestation = _papers(row)
         number = await self._copies.live(record.blob_sha256)
         try:
             if number is None:
@@ -104,11 +104,28 @@ class Natives:
             blob = await self._blobs.get(record.blob_sha256, number)
         except NotFound:
             raise Corrupt(f"the native part of {kernel_id} is gone", hint="have the kernel built anew") from None
-        return record, Attestation.model_validate({name: row[name] for name in fields}), blob
+        return record, attestation, blob
+
+    async def of(self, kernel_ids: Sequence[str]) -> list[tuple[NativeRecord, Attestation]]:
+        """The papers of these kernels' native parts."""
+        rows = await self._database.fetch(
+            """SELECT record, payload_type, payload, key_id, signature FROM urza.natives
+               WHERE kernel_id = ANY($1) ORDER BY kernel_id, target, toolchain""",
+            kernel_ids,
+        )
+        return [_papers(row) for row in rows]
+
+
+def _papers(row: asyncpg.Record) -> tuple[NativeRecord, Attestation]:
+    fields = ("payload_type", "payload", "key_id", "signature")
+    return (
+        NativeRecord.model_validate_json(row["record"]),
+        Attestation.model_validate({name: row[name] for name in fields}),
+    )
 
 
 class NativeServing:
-    """The two calls about native parts; see ``protos/esper/urza/v1/urza.proto``."""
+    """The calls about native parts; see ``protos/esper/urza/v1/urza.proto``."""
 
     natives: Natives
 
@@ -135,10 +152,17 @@ class NativeServing:
         self, request: native_pb2.StreamNativeRequest, _: Context
     ) -> AsyncIterator[native_pb2.StreamNativeResponse]:
         record, attestation, blob = await self.natives.get(request.kernel_id, request.target, request.toolchain)
-        header = native_pb2.NativeHeader(
-            record=to_proto(record, kernel_pb2.NativeRecord),
-            attestation=to_proto(attestation, kernel_pb2.Attestation),
-        )
-        yield native_pb2.StreamNativeResponse(header=header)
+        yield native_pb2.StreamNativeResponse(header=_header(record, attestation))
         for start in range(0, len(blob), CHUNK_BYTES):
             yield native_pb2.StreamNativeResponse(chunk=blob[start : start + CHUNK_BYTES])
+
+    async def ListNatives(self, request: native_pb2.ListNativesRequest, _: Context) -> native_pb2.ListNativesResponse:
+        found = await self.natives.of(request.kernel_ids)
+        return native_pb2.ListNativesResponse(natives=[_header(*papers) for papers in found])
+
+
+def _header(record: NativeRecord, attestation: Attestation) -> native_pb2.NativeHeader:
+    return native_pb2.NativeHeader(
+        record=to_proto(record, kernel_pb2.NativeRecord),
+        attestation=to_proto(attestation, kernel_pb2.Attestation),
+    )

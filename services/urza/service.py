@@ -16,6 +16,7 @@ from services.urza.library import Library
 from services.urza.native import Natives
 from services.urza.retention import Retention
 from services.urza.servicer import UrzaServicer
+from services.urza.upkeep import Upkeep
 from services.urza.usage import Field
 from services.urza.verdicts import Verdicts
 
@@ -41,14 +42,20 @@ async def build(platform: Platform) -> Service:
         handler=field.handle,
         ordered=False,
     )
+    natives = Natives(platform.database, platform.blobs, trust)
+    wanted = platform.endpoints.upkeep
+    retention = Retention(platform.database, platform.blobs)
+    upkeep = Upkeep(platform.database, retention, wanted.collect_hours * 3600, wanted.keep_unused)
     servicer = UrzaServicer(
         platform.database,
         blueprints,
         library,
         Verdicts(platform.database, trust),
-        Retention(platform.database, platform.blobs),
+        retention,
+        upkeep,
         field,
-        Imports(platform.database, blueprints, library, trust),
-        Natives(platform.database, platform.blobs, trust),
+        Imports(platform.database, blueprints, library, natives, trust),
+        natives,
     )
-    return Service(NAME, (ServedService(SERVICE, register, servicer),), (reports,))
+    tasks = (reports, upkeep.run) if wanted.collect_hours else (reports,)
+    return Service(NAME, (ServedService(SERVICE, register, servicer),), tasks)

@@ -26,6 +26,7 @@ from services.urza.library import Library
 from services.urza.lineage import LIMIT, lineage
 from services.urza.native import Natives, NativeServing
 from services.urza.retention import KEEP_UNUSED, Retention
+from services.urza.upkeep import Upkeep
 from services.urza.usage import READER, Field
 from services.urza.verdicts import Verdict, Verdicts
 
@@ -46,6 +47,7 @@ class UrzaServicer(NativeServing, urza_pb2_grpc.UrzaServiceServicer):
         library: Library,
         verdicts: Verdicts,
         retention: Retention,
+        upkeep: Upkeep,
         field: Field,
         imports: Imports,
         natives: Natives,
@@ -55,6 +57,7 @@ class UrzaServicer(NativeServing, urza_pb2_grpc.UrzaServiceServicer):
         self._library = library
         self._verdicts = verdicts
         self._retention = retention
+        self._upkeep = upkeep
         self._field = field
         self._imports = imports
         self.natives = natives
@@ -128,6 +131,9 @@ class UrzaServicer(NativeServing, urza_pb2_grpc.UrzaServiceServicer):
             return
         async for progress in self._retention.collect(keep):
             yield wire.progress(progress)
+
+    async def GetUpkeep(self, _request: urza_pb2.GetUpkeepRequest, _: Context) -> urza_pb2.GetUpkeepResponse:
+        return wire.upkeep(await self._upkeep.standing(), self._upkeep.every_seconds, self._upkeep.keep_unused)
 
     async def ImportLibrary(
         self, requests: AsyncIterator[urza_pb2.ImportLibraryRequest], _: Context

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from esper_core.kernel.record import KernelRecord
 from esper_core.pb.esper.core.v1 import blueprint_pb2, kernel_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
@@ -12,6 +14,7 @@ from services.urza.imports import Told
 from services.urza.lineage import Lineage
 from services.urza.query import Order, Query
 from services.urza.retention import Progress
+from services.urza.upkeep import Standing
 from services.urza.usage import Usage
 
 
@@ -88,23 +91,51 @@ def progress(found: Progress) -> urza_pb2.CollectGarbageResponse:
     )
 
 
+def upkeep(found: Standing, every_seconds: float, keep_unused: int) -> urza_pb2.GetUpkeepResponse:
+    due, begun, finished = (moment.isoformat() if moment else "" for moment in (found.due, found.begun, found.finished))
+    return urza_pb2.GetUpkeepResponse(
+        every_seconds=every_seconds,
+        keep_unused=keep_unused,
+        due=due,
+        holder=found.holder,
+        begun=begun,
+        finished=finished,
+        reason=found.reason,
+        passes=found.passes,
+        forgotten=found.forgotten,
+        blobs=found.blobs,
+        bytes=found.bytes,
+        kept=found.kept,
+    )
+
+
 def told(found: Told) -> urza_pb2.ImportLibraryResponse:
-    kernel = summary = None
-    if found.record is not None:
-        kernel = urza_pb2.ImportedKernel(
-            kernel_id=found.record.manifest.kernel_id,
-            status=None if found.status is None else kernel_pb2.KernelStatus.Name(found.status),
-            created=found.created,
-            note=found.note,
+    answer = urza_pb2.ImportLibraryResponse(total=found.total, finished=found.finished)
+    if found.native is not None and found.record is not None:
+        part = found.native.record
+        answer.native.CopyFrom(
+            urza_pb2.ImportedNative(
+                kernel_id=part.kernel_id,
+                blueprint_name=found.record.manifest.blueprint.name,
+                target=part.target,
+                toolchain=part.toolchain,
+                kept=found.status is not None,
+                created=found.created,
+                note=found.note,
+                hint=found.hint,
+            )
+        )
+    elif found.record is not None:
+        answer.kernel.CopyFrom(
+            urza_pb2.ImportedKernel(
+                kernel_id=found.record.manifest.kernel_id,
+                status=None if found.status is None else kernel_pb2.KernelStatus.Name(found.status),
+                created=found.created,
+                note=found.note,
+                blueprint_name=found.record.manifest.blueprint.name,
+                hint=found.hint,
+            )
         )
     if found.done:
-        sums = found.summary
-        summary = urza_pb2.ImportSummary(
-            key_id=sums.key_id,
-            blueprints=sums.blueprints,
-            kernels=sums.kernels,
-            unmeasured=sums.unmeasured,
-            known=sums.known,
-            left_out=sums.left_out,
-        )
-    return urza_pb2.ImportLibraryResponse(total=found.total, finished=found.finished, kernel=kernel, summary=summary)
+        answer.summary.CopyFrom(urza_pb2.ImportSummary(**asdict(found.summary)))
+    return answer

@@ -6,7 +6,10 @@ benches again replaces their sections and leaves the others and the reading alon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -82,13 +85,35 @@ def plain(facts: Facts, outcomes: Sequence[Outcome]) -> dict[str, object]:
 
 
 def write(facts: Facts, outcomes: Sequence[Outcome], path: Path = PATH) -> None:
-    """Write the sections of these benches; those of other benches, and the reading, stay as they are."""
+    """Write the sections of these benches; those of other benches, and the reading, stay as they are.
+
+    Others may write theirs at the same time: each takes its turn, and what stands there is whole at any moment.
+    """
+    with _turn(path):
+        _replace(path, _revised(facts, outcomes, path))
+
+
+def _revised(facts: Facts, outcomes: Sequence[Outcome], path: Path) -> str:
     sections = _sections(path.read_text(encoding="utf-8") if path.exists() else "")
     reading = sections.pop(READING, f"## {READING}\n")
     sections |= {outcome.bench.name: _section(facts, outcome) for outcome in outcomes}
     machine = ", ".join(facts[name] for name in MACHINE if name in facts)
     kept = [sections[name] for name in ORDER if name in sections]
-    path.write_text("\n".join([HEAD.format(machine=machine), *kept, reading]), encoding="utf-8")
+    return "\n".join([HEAD.format(machine=machine), *kept, reading])
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Alone at ``path`` among all processes; the lock file stays, for whoever removed it would let two in."""
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(path: Path, text: str) -> None:
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
 
 
 def _sections(text: str) -> dict[str, str]:

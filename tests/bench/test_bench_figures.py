@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,22 @@ def test_the_report_keeps_what_a_person_wrote(tmp_path: Path) -> None:
     report.write({"cores": "4 cores", "date": "tomorrow"}, [outcome], path)
     assert "date today" not in path.read_text()
     assert path.read_text().count("It is what it is.") == 1
+
+
+def test_two_reports_at_once_keep_each_other_s_sections(tmp_path: Path) -> None:
+    """The lock is the file's, not the process's: threads stand for processes here."""
+    path = tmp_path / "REPORT.md"
+    path.write_text("# x\n\n## Reading\n\n" + "so it is\n" * 5_000)
+    names = report.ORDER[:6]
+
+    def write(name: str) -> None:
+        for _ in range(20):
+            report.write({"cores": "2"}, [Outcome(Bench(name, "about it", lambda _: []), 1.0)], path)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        for _ in pool.map(write, names):
+            pass
+    text = path.read_text()
+    assert [name for name in report.ORDER if f"\n## {name}\n" in text] == list(names)
+    assert text.count("so it is") == 5_000
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".REPORT.md.lock", "REPORT.md"]

@@ -18,14 +18,15 @@ from esper_core.bus import subjects
 from esper_core.bus.envelope import wrap
 from esper_core.config import ENDPOINTS_FILE, Endpoints
 from esper_core.errors import Forbidden, InvalidInput, NotFound
-from esper_core.ids import new_id
+from esper_core.ids import new_id, sha256
 from esper_core.kernel.manifest import KernelManifest, Provenance
+from esper_core.kernel.native import NativeRecord, native_statement
 from esper_core.kernel.record import KernelStatus, Measurement
 from esper_core.kernel.sign import Attestation, generate_key, public_pem, sign, statement
 from esper_core.kernel.trust import TrustList, trust_entry
 from esper_core.lifecycle import State
 from esper_core.pb.esper.core.v1 import blueprint_pb2, decision_pb2, kernel_pb2
-from esper_core.pb.esper.urza.v1 import urza_pb2
+from esper_core.pb.esper.urza.v1 import native_pb2, urza_pb2
 from esper_core.rpc.convert import to_proto
 from esper_core.rpc.policy import PRINCIPALS
 from tests.service.cli.conftest import run_esperctl
@@ -94,6 +95,31 @@ class Maker:
 
     def said(self, manifest: KernelManifest, word: str, **more: Any) -> Attestation:
         return sign(statement(manifest, "validation", {"verdict": word, **more}), self.key("urabrask"))
+
+    def native(self, manifest: KernelManifest, signer: str = "tezzeret") -> tuple[NativeRecord, Attestation, bytes]:
+        code = b"native code of %d" % manifest.seed
+        record = NativeRecord(
+            kernel_id=manifest.kernel_id, target="cpu-1", toolchain="torch/1", blob_sha256=sha256(code),
+            blob_bytes=len(code), rows=64, step_ratio=0.5,
+        )  # fmt: skip
+        return record, sign(native_statement(record), self.key(signer)), code
+
+    async def upload_native(self, manifest: KernelManifest) -> bytes:
+        record, said, code = self.native(manifest)
+        header = native_pb2.NativeHeader(
+            record=to_proto(record, kernel_pb2.NativeRecord), attestation=to_proto(said, kernel_pb2.Attestation)
+        )
+
+        async def parts() -> AsyncIterator[native_pb2.UploadNativeRequest]:
+            yield native_pb2.UploadNativeRequest(header=header)
+            yield native_pb2.UploadNativeRequest(chunk=code)
+
+        await self.stage.stub("urza", "tezzeret").UploadNative(parts())
+        return code
+
+    async def stored_native(self, manifest: KernelManifest) -> bytes:
+        request = native_pb2.StreamNativeRequest(kernel_id=manifest.kernel_id, target="cpu-1", toolchain="torch/1")
+        return b"".join([piece.chunk async for piece in self.stage.stub("urza").StreamNative(request)])
 
     async def judge(self, manifest: KernelManifest, word: str, **more: Any) -> None:
         request = urza_pb2.UpdateKernelStatusRequest(
@@ -184,6 +210,7 @@ async def test_a_library_goes_out_and_comes_in_elsewhere(stage: Stage, esperctl:
 async def test_what_is_not_trusted_here_stays_outside(stage: Stage, esperctl: Call, tmp_path: Path) -> None:
     await forget_everything(stage)
     made = await filled(stage)
+    await Maker(stage).upload_native(made["sure"])
     file = tmp_path / "library.esper"
     await read(esperctl, "library", "export", str(file))
     await forget_everything(stage)
@@ -217,14 +244,64 @@ async def test_what_is_not_trusted_here_stays_outside(stage: Stage, esperctl: Ca
         assert {one["status"] for one in came["noted"]} == {"COMPILED"}
         await forget_everything(stage)
         trust.write_text(TrustList(keys=(mine["library"], elsewhere["build"], mine["validation"])).dump())
-        came = await read(esperctl, "library", "import", str(file))
-        assert (came["kernels"], came["left_out"]) == (0, 5)
+        done = await esperctl("library", "import", str(file), "-o", "json")
+        assert done.returncode == 11
+        assert "left out: 5 kernels, 1 native parts; no trusted key speaks for 6 of them" in done.stderr
+        came = json.loads(done.stdout)
+        assert (came["kernels"], came["left_out"], came["natives_left_out"], came["untrusted"]) == (0, 5, 1, 6)
+        assert {one["kernel_id"] for one in came["noted"]} == {one.kernel_id for one in made.values()}
         assert all("have its blueprint built here" in one["note"] for one in came["noted"])
+        (part,) = came["noted_natives"]
+        assert (part["kernel_id"], part["target"], part["kept"]) == (made["sure"].kernel_id, "cpu-1", False)
+        for one in (*came["noted"], part):
+            assert one["blueprint_name"] == "bottleneck_mlp"
+            assert f"key {mine['build'].key_id} (role build)" in one["hint"]
+            assert mine["build"].key_id in one["note"]
+        shown = (await esperctl("library", "import", str(file))).stdout
+        assert shown.count("bottleneck_mlp") == 6
+        assert " ".join(shown.split()).count("copy the entry of key") == 1
+        # As the hint says: with the other forge's entry all come in, its native part as well.
+        both = TrustList(keys=(mine["library"], elsewhere["build"], mine["build"], mine["validation"]))
+        trust.write_text(both.dump())
+        came = await read(esperctl, "library", "import", str(file))
+        assert (came["kernels"], came["natives"], came["left_out"], came["natives_left_out"]) == (5, 1, 0, 0)
+        assert await Maker(stage).stored_native(made["sure"]) == Maker(stage).native(made["sure"])[2]
+        await forget_everything(stage)
     finally:
         trust.write_text(before)
     request = urza_pb2.GetKernelRequest(kernel_id=made["sure"].kernel_id)
     with pytest.raises(NotFound):
         await stage.stub("urza").GetKernel(request)
+
+
+async def test_native_parts_go_along_unless_they_are_not_wanted(stage: Stage, esperctl: Call, tmp_path: Path) -> None:
+    await forget_everything(stage)
+    made, maker = await filled(stage), Maker(stage)
+    code = {name: await maker.upload_native(made[name]) for name in ("sure", "bad")}
+    small, whole = tmp_path / "small.esper", tmp_path / "whole.esper"
+    out = await read(esperctl, "library", "export", str(small), "--no-natives")
+    assert (out["natives"], out["bytes"]) == (0, small.stat().st_size)
+    out = await read(esperctl, "library", "export", str(whole))
+    assert out["natives"] == 2
+    with tarfile.open(whole) as archive:
+        assert sum(name.startswith("natives/") for name in archive.getnames()) == 2
+    await forget_everything(stage)
+    assert (await read(esperctl, "library", "import", str(small)))["natives"] == 0
+    with pytest.raises(NotFound):
+        await maker.stored_native(made["sure"])
+    came = await read(esperctl, "library", "import", str(whole))
+    assert (came["natives"], came["kernels"]) == (2, 0)
+    again = await read(esperctl, "library", "import", str(whole))
+    assert (again["natives"], again["known"]) == (0, came["known"] + 2)
+    for name, expected in code.items():
+        assert await maker.stored_native(made[name]) == expected
+    await read(esperctl, "library", "gc", "--keep-unused", "0")
+    gone = await esperctl("library", "import", str(whole), "-o", "json")
+    assert gone.returncode == 5
+    told = json.loads(gone.stdout)
+    assert (told["left_out"], told["natives_left_out"], told["untrusted"]) == (2, 1, 0)
+    assert all("forgotten" in one["note"] and not one["hint"] for one in told["noted"] if not one["status"])
+    assert [one["kernel_id"] for one in told["noted_natives"]] == [made["bad"].kernel_id]
 
 
 async def test_only_the_operator_may(stage: Stage) -> None:

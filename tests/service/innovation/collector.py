@@ -1,4 +1,7 @@
-"""A collection in a process of its own that is killed at a named step: ``python collector.py DSN ENDPOINTS STEP NTH``."""
+"""A collection in a process of its own that is killed at a named step.
+
+``python collector.py DSN ENDPOINTS STEP NTH HOW``; HOW: ``collect``, or ``upkeep`` for one that also holds the lease.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from esper_core.config import Endpoints
 from esper_core.store.blobs import Blobs
 from esper_core.store.postgres import open_pool
 from services.urza.retention import Retention
+from services.urza.upkeep import Upkeep
+
+LEASE_SECONDS = 3.0
 
 
-async def collect(dsn: str, endpoints: Endpoints, last: str, nth: int) -> None:
+async def collect(dsn: str, endpoints: Endpoints, last: str, nth: int, how: str) -> None:
     """Collect everything that was never used, and die when step ``last`` is reached for the ``nth`` time."""
     seen = 0
 
@@ -25,9 +31,13 @@ async def collect(dsn: str, endpoints: Endpoints, last: str, nth: int) -> None:
 
     pool = await open_pool(dsn, size=2)
     blobs = await Blobs.open(endpoints)
-    async for _ in Retention(pool, blobs, step).collect(0):
+    retention = Retention(pool, blobs, step)
+    if how == "upkeep":
+        await Upkeep(pool, retention, 1e-6, 0, LEASE_SECONDS).once()
+    async for _ in retention.collect(0):
         pass
 
 
 if __name__ == "__main__":
-    asyncio.run(collect(sys.argv[1], Endpoints.model_validate_json(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+    there, where, at, times, way = sys.argv[1:]
+    asyncio.run(collect(there, Endpoints.model_validate_json(where), at, int(times), way))

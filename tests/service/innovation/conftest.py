@@ -17,10 +17,14 @@ import asyncpg
 import pytest
 from pydantic import SecretStr
 
+from esper_core.bus.database import Pool
 from esper_core.config import Endpoints
+from esper_core.store.blobs import Blobs
 from esper_core.store.postgres import migrate
 from services.composition import run, schemas
 from tests.service.innovation.papers import Innovation
+from tests.service.innovation.shelf import scratch
+from tests.service.innovation.store import Shelf
 
 NAMES = ("oona", "urza", "tezzeret", "urabrask")
 
@@ -34,7 +38,14 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def own_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A nats-server of our own: consumers have global names, and other tests purge the shared one."""
-    folder, port = tmp_path_factory.mktemp("nats"), free_port()
+    with nats_in(tmp_path_factory.mktemp("nats")) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def nats_in(folder: Path) -> Iterator[str]:
+    """The address of a running nats-server that keeps its streams in ``folder``."""
+    port = free_port()
     config = folder / "nats.conf"
     config.write_text(f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{folder}" }}\n')
     program = Path(sys.executable).with_name("nats-server")
@@ -45,9 +56,11 @@ def own_nats(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             break
         assert time.monotonic() < deadline, "nats-server does not listen"
         time.sleep(0.02)
-    yield f"nats://127.0.0.1:{port}"
-    process.kill()
-    process.wait()
+    try:
+        yield f"nats://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -132,3 +145,23 @@ async def bare(endpoints: Endpoints) -> AsyncIterator[Innovation]:
     with contextlib.suppress(asyncio.CancelledError):
         await task
     await _administer(dsn, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture(scope="module")
+async def shelf_pool(stack: Endpoints) -> AsyncIterator[Pool]:
+    """The library's tables on a database of the module's own."""
+    async with scratch(stack) as pool:
+        yield pool
+
+
+@pytest.fixture
+async def shelf(stack: Endpoints, bucket: Endpoints, shelf_pool: Pool) -> AsyncIterator[Shelf]:
+    """An empty library that a test fills and collects itself."""
+    await shelf_pool.execute(
+        """TRUNCATE urza.kernels, urza.natives, urza.attestations, urza.usage, urza.tombstones, urza.copies, urza.upkeep;
+           INSERT INTO urza.upkeep DEFAULT VALUES"""
+    )
+    own = await shelf_pool.fetchval("SELECT current_database()")
+    dsn = stack.postgres_dsn.get_secret_value().replace("/esper?", f"/{own}?")
+    async with await Blobs.open(bucket) as blobs:
+        yield Shelf.on(shelf_pool, blobs, bucket, dsn)

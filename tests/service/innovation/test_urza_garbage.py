@@ -4,135 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
-import aioboto3
 import pytest
-from pydantic import SecretStr
 
-from esper_core.blueprint.catalogue import catalogue
-from esper_core.bus.database import Connection, Pool
-from esper_core.config import Endpoints
 from esper_core.errors import Conflict, Forbidden, NotFound, Unavailable
 from esper_core.ids import sha256
-from esper_core.kernel.manifest import KernelManifest, Provenance
+from esper_core.kernel.manifest import KernelManifest
 from esper_core.kernel.native import NativeRecord, native_statement
 from esper_core.kernel.record import KernelStatus
-from esper_core.kernel.sign import generate_key, sign, statement
+from esper_core.kernel.sign import sign, statement
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.store.blobs import Blobs
 from services.urza.blueprints import Blueprints
-from services.urza.copies import Copies
-from services.urza.library import Library
 from services.urza.native import Natives
 from services.urza.retention import Progress, Retention
+from services.urza.upkeep import Upkeep
 from services.urza.usage import Field
-from tests.service.innovation import collector
 from tests.service.innovation.papers import Innovation, interface
-from tests.service.innovation.shelf import scratch
+from tests.service.innovation.store import KEY, Shelf
 from tests.service.innovation.test_urza_kernels import verdict
 
-SLOT = interface()
-KEY = generate_key()
 STEPS = ("forgotten", "doomed", "deleted", "noted", "swept")
-
-
-@dataclass
-class Shelf:
-    """A library of the test's own."""
-
-    pool: Pool
-    blobs: Blobs
-    endpoints: Endpoints
-    dsn: str
-    library: Library
-
-    @classmethod
-    def on(cls, pool: Pool, blobs: Any, endpoints: Endpoints, dsn: str) -> Shelf:
-        return cls(pool, blobs, endpoints, dsn, Library(pool, blobs, endpoints.keys_dir / "trust.json"))
-
-    async def put(self, seed: int, blob: bytes) -> KernelManifest:
-        """A kernel with these weights; kernels of different seeds may share them."""
-        ir = catalogue()["bottleneck_mlp"]
-        slot = SLOT.model_copy(update={"in_width": 100 + seed})
-        manifest = KernelManifest.describe(ir, slot, blob, Provenance(compiler="test"))
-        await self.library.put(manifest, sign(statement(manifest, "build", {}), KEY), blob, "tezzeret")
-        return manifest
-
-    async def set(self, manifest: KernelManifest, status: KernelStatus, reason: str = "") -> None:
-        """Give it a status, behind everybody's back."""
-        async with self.pool.acquire() as connection, connection.transaction():
-            await connection.execute("ALTER TABLE urza.kernels DISABLE TRIGGER keep_kernel")
-            update = "UPDATE urza.kernels SET status = $2, reason = $3, measurement = '{}' WHERE kernel_id = $1"
-            await connection.execute(update, manifest.kernel_id, int(status), reason)
-            await connection.execute("ALTER TABLE urza.kernels ENABLE TRIGGER keep_kernel")
-
-    async def native(self, manifest: KernelManifest, blob: bytes) -> None:
-        """A native part of it."""
-
-        async def write(connection: Connection) -> None:
-            await connection.execute(
-                """INSERT INTO urza.natives (kernel_id, target, toolchain, record, blob_sha256, payload_type, payload, key_id,
-                       signature, created_by) VALUES ($1, 'here', 'torch', '{}', $2, '', '', '', '', 'tezzeret')""",
-                manifest.kernel_id,
-                sha256(blob),
-            )
-
-        await Copies(self.pool).store(self.blobs, blob, write)
-
-    async def collect(self, keep_unused: int = 0) -> Progress:
-        return [progress async for progress in Retention(self.pool, self.blobs).collect(keep_unused)][-1]
-
-    async def read(self, manifest: KernelManifest) -> bytes:
-        return b"".join([part async for _, part in self.library.stream(manifest, 0)])
-
-    async def ids(self) -> set[str]:
-        return {row["kernel_id"] for row in await self.pool.fetch("SELECT kernel_id FROM urza.kernels")}
-
-    async def keys(self) -> set[str]:
-        """Names of what lies in the bucket, without their folders."""
-        async with aioboto3.Session().client(
-            "s3",
-            endpoint_url=self.endpoints.s3_endpoint,
-            aws_access_key_id=self.endpoints.s3_access_key,
-            aws_secret_access_key=self.endpoints.s3_secret_key.get_secret_value(),
-            region_name=self.endpoints.s3_region,
-        ) as s3:
-            listed = await s3.list_objects_v2(Bucket=self.endpoints.s3_bucket)
-        return {item["Key"].rpartition("/")[2] for item in listed.get("Contents", ())}
-
-    async def needed(self) -> set[str]:
-        rows = await self.pool.fetch(
-            """SELECT DISTINCT c.blob_sha256, c.number FROM urza.copies c
-               JOIN (SELECT blob_sha256 FROM urza.kernels UNION SELECT blob_sha256 FROM urza.natives) n USING (blob_sha256)
-               WHERE c.state = 1"""
-        )
-        return {row["blob_sha256"] + (f".{row['number']}" if row["number"] else "") for row in rows}
-
-
-@pytest.fixture(scope="module")
-async def pool(stack: Endpoints) -> AsyncIterator[Pool]:
-    async with scratch(stack) as pool:
-        yield pool
-
-
-@pytest.fixture
-async def shelf(stack: Endpoints, bucket: Endpoints, pool: Pool) -> AsyncIterator[Shelf]:
-    await pool.execute(
-        "TRUNCATE urza.kernels, urza.natives, urza.attestations, urza.usage, urza.tombstones, urza.copies, urza.natives"
-    )
-    own = await pool.fetchval("SELECT current_database()")
-    dsn = stack.postgres_dsn.get_secret_value().replace("/esper?", f"/{own}?")
-    async with await Blobs.open(bucket) as blobs:
-        yield Shelf.on(pool, blobs, bucket, dsn)
 
 
 async def test_the_unfit_and_the_unused_are_forgotten_and_the_rest_stays(shelf: Shelf) -> None:
@@ -220,19 +114,7 @@ async def test_a_collection_may_be_killed_at_any_step(shelf: Shelf, step: str, n
     for kernel in used:
         await Field(shelf.pool).fetched(kernel.kernel_id)
     again = [await shelf.put(seed, b"idle %d" % seed) for seed in (0, 1)] + [await shelf.put(7, b"used 0")]
-    shown = {
-        name: value.get_secret_value() if isinstance(value := getattr(shelf.endpoints, name), SecretStr) else value
-        for name in Endpoints.model_fields
-    }
-    arguments = [shelf.dsn, json.dumps(shown, default=str), step, str(nth)]
-    killed = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, collector.__file__, *arguments],
-        capture_output=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    await shelf.killed(step, nth)
 
     for kernel in used:
         assert sha256(await shelf.read(kernel)) == kernel.blob_sha256
@@ -301,7 +183,7 @@ async def test_an_upload_that_is_overtaken_by_a_collection_starts_over(shelf: Sh
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_uploads_collections_and_deaths_all_at_once(shelf: Shelf, seed: int) -> None:
-    """Five weights, many kernels, three collectors that die at random, every request late by a random while."""
+    """Five weights, many kernels, collectors and upkeeps that die at random, every request late by a random while."""
     chance = random.Random(seed)
     late: list[asyncio.Task[None]] = []
 
@@ -340,6 +222,13 @@ async def test_uploads_collections_and_deaths_all_at_once(shelf: Shelf, seed: in
                     pass
             await asyncio.sleep(chance.uniform(0, 0.02))
 
+    async def keep_up(lease_seconds: float) -> None:
+        retention = Retention(shelf.pool, unsteady.blobs, step)
+        while busy:
+            with contextlib.suppress(Dying):  # whose lease is then the next one's once it has lapsed
+                upkeeps.append(await Upkeep(shelf.pool, retention, 0.01, 0, lease_seconds).once())
+            await asyncio.sleep(chance.uniform(0, 0.02))
+
     async def upload(worker: int) -> None:
         for number in range(12):
             with contextlib.suppress(Dying, Unavailable):  # the latter: doomed five times in a row
@@ -347,7 +236,8 @@ async def test_uploads_collections_and_deaths_all_at_once(shelf: Shelf, seed: in
                 if chance.random() < 0.3:
                     await Field(shelf.pool).fetched(kernel.kernel_id)
 
-    collectors = [asyncio.create_task(collect()) for _ in range(3)]
+    upkeeps: list[Progress | None] = []
+    collectors = [asyncio.create_task(work) for work in (collect(), collect(), keep_up(0.02), keep_up(0.1))]
     await asyncio.gather(*(upload(worker) for worker in range(4)))
     busy = False
     await asyncio.gather(*collectors)
@@ -357,6 +247,7 @@ async def test_uploads_collections_and_deaths_all_at_once(shelf: Shelf, seed: in
         manifest = KernelManifest.model_validate_json(row["manifest"])
         assert sha256(await shelf.read(manifest)) == manifest.blob_sha256
     assert rows
+    assert any(upkeeps)
     for _ in range(2):
         await shelf.collect()
     assert await shelf.keys() == await shelf.needed()

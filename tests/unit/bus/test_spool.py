@@ -220,3 +220,19 @@ def test_a_lost_cursor_means_everything_is_sent_again(tmp_path: Path, cursor: st
     spool = Spool(tmp_path)
     assert spool.pending == 1
     spool.close()
+
+
+def test_what_stands_behind_a_record_is_read_back_across_segments(tmp_path: Path) -> None:
+    log = open_log(tmp_path, segment_bytes=40)
+    for number in range(1, 9):
+        log.append("s", lambda _, number=number: b"%d" % number)
+    assert len(list(tmp_path.glob("*.log"))) > 2
+    for sequence in range(9):
+        assert [int(record.data) for record in log.after(sequence)] == list(range(sequence + 1, 9))
+    reading = log.after(0)
+    assert next(reading).sequence == 1
+    log.forget(log.find(8), 0)
+    left = [record.sequence for record in reading]
+    assert left[-1] == 8
+    assert len(left) < 7, "what was forgotten meanwhile is passed over"
+    log.close()

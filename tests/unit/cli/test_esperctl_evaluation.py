@@ -90,6 +90,21 @@ def test_bench_of_a_kernel_that_fails_says_why(judged, esperctl):
     assert "is RETIRED: it explodes" in done.stderr
 
 
+def test_bench_of_a_kernel_that_nobody_judges_ends(judged, esperctl):
+    waiting = evaluation(urabrask_pb2.PHASE_QUEUED)
+    judged.on("GetEvaluation", lambda _: urabrask_pb2.GetEvaluationResponse(evaluation=waiting))
+    file = judged.data_dir / "endpoints.json"
+    kept = file.read_bytes()
+    file.write_text(json.dumps(json.loads(kept) | {"upkeep": {"verdict_seconds": 0.3}}))
+    try:
+        done = esperctl("kernel", "bench", "3f3f3f")
+    finally:
+        file.write_bytes(kept)
+    assert done.exit_code == 9
+    assert "not judged after 0.3 s: it waits for a judge" in done.stderr
+    assert "esperctl status" in done.stderr
+
+
 def test_retag_shows_what_changed(platform, esperctl):
     change = urabrask_pb2.TagChange(
         kernel_id=KERNEL, target="linux/x", removed=["latency:low"], added=["latency:medium"]

@@ -138,3 +138,17 @@ def test_searches_are_listed_and_stopped(platform, esperctl) -> None:
     assert "1/2" in esperctl("karn", "searches").stdout
     assert json.loads(esperctl("karn", "stop", "-o", "json").stdout)["state"] == "STOPPED"
     assert platform.asked[-1].search_id == "latest"
+
+
+def test_a_search_that_gave_up_says_why_and_fails(platform, esperctl) -> None:
+    gone = search(1, 0.5, "GAVE_UP")
+    gone.unjudged, gone.reason = 4, "Urabrask judged nothing for 5 s"
+    platform.on("WatchSearch", lambda _: [karn_pb2.WatchSearchResponse(search=gone)])
+    done = esperctl("karn", "watch")
+    assert done.exit_code == 9
+    assert [line.split() for line in done.stdout.splitlines() if "unjudged" in line] == [["unjudged", "4"]]
+    assert "gave up: Urabrask judged nothing for 5 s" in done.stderr
+    assert "still enters the archive" in done.stderr
+    spoken = esperctl("karn", "watch", "-o", "json")
+    assert spoken.exit_code == 9
+    assert json.loads(spoken.stdout)["state"] == "GAVE_UP"

@@ -149,6 +149,26 @@ def test_gc_tells_what_it_did_or_would(platform, esperctl, dry):
     assert json.loads(esperctl(*arguments, "-o", "json").stdout)["bytes"] == 1234
 
 
+def test_status_tells_of_the_library_s_own_collections(platform, esperctl):
+    told = urza_pb2.GetUpkeepResponse(
+        every_seconds=5400, keep_unused=1000, due="2026-01-01T12:00:00+00:00", begun="2026-01-01T10:30:00+00:00",
+        finished="2026-01-01T10:30:02+00:00", passes=2, forgotten=7, blobs=3, bytes=1234, kept=50,
+    )  # fmt: skip
+    platform.on("GetUpkeep", lambda _: told)
+    lines = [line.split(maxsplit=1) for line in esperctl("library", "status").stdout.splitlines()]
+    assert ["collects", "every 1.5 h"] in lines
+    assert ["next", "2026-01-01 12:00:00"] in lines
+    assert ["it", "7 kernels forgotten, 3 blobs, 1,234 bytes deleted; 50 kept"] in lines
+    assert not any(line[0] == "failed" for line in lines)
+    spoken = json.loads(esperctl("library", "status", "-o", "json").stdout)
+    assert (spoken["passes"], spoken["due"]) == (2, told.due)
+    off = urza_pb2.GetUpkeepResponse(keep_unused=1000, reason="the blob store is away")
+    platform.on("GetUpkeep", lambda _: off)
+    shown = esperctl("library", "status").stdout
+    assert "never: it is turned off" in shown
+    assert "the blob store is away" in shown
+
+
 def test_a_file_that_is_not_there_is_not_sent(platform, esperctl, tmp_path):
     done = esperctl("library", "import", str(tmp_path / "nothing.esper"))
     assert done.exit_code == 3

@@ -16,10 +16,12 @@ from esper_core.blueprint.interface import Layout, SlotInterface, canonical_json
 from esper_core.errors import Corrupt, EsperError, InvalidInput, Untrusted
 from esper_core.ids import sha256
 from esper_core.kernel import bundle
-from esper_core.kernel.bundle import Design, Entry, Index, Plan, blob_header, header, padding
+from esper_core.kernel.bundle import Design, Index, Native, Plan, blob_header
 from esper_core.kernel.manifest import KernelManifest, Provenance
+from esper_core.kernel.native import NativeRecord, native_statement
 from esper_core.kernel.record import KernelRecord, KernelStatus
 from esper_core.kernel.sign import PREDICATES, Statement, Subject, generate_key, public_pem, sign, statement
+from esper_core.kernel.tape import END, Entry, header, padding
 from esper_core.kernel.trust import TrustList, trust_entry
 
 KEY = generate_key()
@@ -38,20 +40,32 @@ def record(blob: bytes, name: str = "bottleneck_mlp") -> KernelRecord:
     )
 
 
+def native(kernel: KernelRecord, code: bytes) -> Native:
+    part = NativeRecord(
+        kernel_id=kernel.manifest.kernel_id, target="cpu", toolchain="torch/1", blob_sha256=sha256(code),
+        blob_bytes=len(code), rows=64, step_ratio=0.5,
+    )  # fmt: skip
+    return Native(record=part, attestation=sign(native_statement(part), KEY))
+
+
+CODE = b"native code"
 RECORDS = (record(BLOBS[0]), record(BLOBS[1]), record(BLOBS[1], "low_rank"))
 DESIGNS = tuple(Design(blueprint=ir, created_by="karn") for ir in catalogue().values())
 
 
 def written(
-    designs: tuple[Design, ...] = DESIGNS, records: tuple[KernelRecord, ...] = RECORDS, key: bytes = KEY
+    designs: tuple[Design, ...] = DESIGNS,
+    records: tuple[KernelRecord, ...] = RECORDS,
+    natives: tuple[Native, ...] = (),
+    key: bytes = KEY,
 ) -> bytes:
     """A file as exporting writes it."""
-    plan = Plan(designs, records)
-    by_digest = {sha256(blob): blob for blob in BLOBS}
+    plan = Plan(designs, records, natives)
+    by_digest = {sha256(blob): blob for blob in (*BLOBS, CODE)}
     parts = [*plan.head(key)]
     for digest, size in plan.blobs.items():
         parts += [blob_header(digest, size), by_digest[digest], padding(size)]
-    return b"".join([*parts, bundle.END])
+    return b"".join([*parts, END])
 
 
 WHOLE = written()
@@ -81,7 +95,7 @@ def forged(entries: list[tuple[str, bytes]], listed: list[tuple[str, bytes]] | N
     )  # fmt: skip
     signature = canonical_json(sign(said, KEY).model_dump(mode="json"))
     parts = [("signature.json", signature), ("index.json", index), *entries]
-    return b"".join([header(name, len(data)) + data + padding(len(data)) for name, data in parts]) + bundle.END
+    return b"".join([header(name, len(data)) + data + padding(len(data)) for name, data in parts]) + END
 
 
 def test_what_comes_out_is_what_went_in(read: Callable[..., bundle.Library]) -> None:
@@ -216,3 +230,42 @@ def test_sizes_are_bounded_before_anything_is_read(read: Callable[..., bundle.Li
 def test_a_kernel_is_not_exported_without_its_blueprint() -> None:
     with pytest.raises(InvalidInput, match="without its blueprint"):
         Plan((), RECORDS)
+
+
+def test_native_parts_travel_with_their_kernels(read: Callable[..., bundle.Library]) -> None:
+    parts = (native(RECORDS[0], CODE), native(RECORDS[1], BLOBS[1]))  # the second has the same bytes as a kernel
+    data = written(natives=parts)
+    found = read(data)
+    assert sorted(found.natives, key=str) == sorted(parts, key=str)
+    assert found.blob(sha256(CODE)) == CODE
+    assert set(found.places) == {sha256(blob) for blob in (*BLOBS, CODE)}
+    assert (b'"version":2' in data, b'"version":1' in WHOLE) == (True, True)
+    assert read(WHOLE).natives == []
+    for place in range(data.index(b"natives/"), data.index(b"natives/") + 40, 3):
+        with pytest.raises((Corrupt, InvalidInput, Untrusted)):
+            read(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+
+
+def test_a_native_part_without_kernel_or_bytes_is_refused(read: Callable[..., bundle.Library]) -> None:
+    part = native(RECORDS[0], CODE)
+    with pytest.raises(InvalidInput, match="without its kernel"):
+        Plan(DESIGNS, RECORDS[1:], (part,))
+    kernel = RECORDS[0]
+    design = Design(blueprint=kernel.manifest.blueprint, created_by="karn")
+    whole = [
+        (f"blueprints/{design.blueprint.id}.json", canonical_json(design.model_dump(mode="json"))),
+        (f"kernels/{kernel.manifest.kernel_id}.json", canonical_json(kernel.model_dump(mode="json"))),
+        (f"natives/{part.id}.json", canonical_json(part.model_dump(mode="json"))),
+        (f"blobs/{sha256(BLOBS[0])}", BLOBS[0]),
+        (f"blobs/{sha256(CODE)}", CODE),
+    ]
+    assert read(forged(whole)).natives == [part]
+    stranger = canonical_json(native(RECORDS[1], CODE).model_dump(mode="json"))
+    cases = [
+        (forged(whole[:4]), InvalidInput, "without its kernel or its bytes"),
+        (forged([*whole[:2], *whole[3:]]), InvalidInput, "no kernel has"),
+        (forged([*whole[:2], (whole[2][0], stranger), *whole[3:]]), Corrupt, "holds native-"),
+    ]
+    for data, refusal, why in cases:
+        with pytest.raises(refusal, match=why):
+            read(data)
