@@ -28,6 +28,7 @@ from esper_core.ids import new_id
 from esper_core.rpc import auth
 from esper_core.rpc.status import to_status
 
+HEAR_OUT_SECONDS = 1.0
 _MAX_FAULTS = 8
 _log = log.get("rpc")
 
@@ -99,6 +100,8 @@ def explained(away: tuple[type[Exception], ...]) -> Layer:
             raise
         except EsperError as error:
             incident = _incident(call, error) if isinstance(error, Internal) else ""
+            if call.streams_in:
+                await _hear_out(request)
             await call.context.abort_with_status(to_status(error, incident))
         except away as error:
             _log.warning("away", method=call.method, error=f"{type(error).__name__}: {error}")
@@ -110,6 +113,14 @@ def explained(away: tuple[type[Exception], ...]) -> Layer:
             await call.context.abort_with_status(to_status(unknown, incident))
 
     return layer
+
+
+async def _hear_out(requests: AsyncIterator[bytes]) -> None:
+    """Take what a client still sends, for a moment: one whose send fails before the status is there never gets to see that status."""
+    with contextlib.suppress(Exception):  # it may be gone, or have nothing more to say
+        async with asyncio.timeout(HEAR_OUT_SECONDS):
+            async for _ in requests:
+                pass
 
 
 def _incident(call: Call, error: Exception) -> str:
