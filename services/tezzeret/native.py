@@ -1,7 +1,8 @@
 """Natively compiled kernels, in a child process: forward and backward as shared objects, and whether they pay.
 
-The joint graph of forward and backward is traced once, cut where the least has to be kept between the two, and each half
-is compiled ahead of time by AOTInductor (torch's own; it runs the machine's C++ compiler). Algorithm of the cut: torch's
+The joint graph of forward and backward is traced once, its number of rows a symbol; it is cut where the least has to be kept
+between the two, and each half is compiled ahead of time by AOTInductor (torch's own; it runs the machine's C++ compiler), for
+any number of rows in ``ROWS_TAKEN``. Algorithm of the cut: torch's
 min-cut rematerialisation partitioner. Whether the result is worth shipping is measured here, against the eager module, on
 the machine that it is for. Knows no key and no network.
 """
@@ -18,16 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export import Dim
 
 from esper_core.blueprint.build import KernelModule, build, example_input
 from esper_core.blueprint.interface import SlotInterface
 from esper_core.blueprint.ir import BlueprintIR
 from esper_core.errors import EsperError, Unsupported
 from esper_core.kernel.manifest import NativeFigures
-from esper_core.nn.native import PARITY_LIMIT, Layout, Native, Place, pack, parity
+from esper_core.nn.native import PARITY_LIMIT, PARITY_ROWS, Layout, Native, Passes, Place, pack, parity
 from services.sandbox import Job, serve
 from services.tezzeret.graph import joint
 
+ROWS_TAKEN = (2, 65536)
+"""Batches that compiled code takes; torch does not trace one row as it does many."""
 ROUNDS = 15
 BLOCK_SECONDS = 0.02
 SHORTEST_SECONDS = 1e-6
@@ -40,7 +44,7 @@ def compile_native(job: Job) -> Job:
     """Compile one kernel, compare and time it, and write its native part to ``job["native"]`` where that pays.
 
     Args:
-        job: ``blueprint``, ``interface``, ``symbols``, ``seed``, ``rows`` and ``native``, the path to write to.
+        job: ``blueprint``, ``interface``, ``symbols``, ``seed``, ``rows`` to time it at and ``native``, the path to write to.
 
     Returns:
         ``{"figures": NativeFigures}``; a kernel that cannot be compiled has a reason there, not an error.
@@ -61,37 +65,39 @@ def compile_native(job: Job) -> Job:
 
 
 def compiled(module: KernelModule, x: Tensor) -> bytes:
-    """The native part of ``module`` for batches like ``x``.
+    """The native part of ``module`` for batches like ``x``, whatever their number of rows.
 
     Raises:
         Unsupported: it keeps statistics, or torch's compiler does not take its graph.
     """
     if any(True for _ in module.buffers()):
         raise Unsupported("it keeps statistics of its batches, which compiled code would not update")
+    from torch._dynamo.exc import UserError
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     inputs = [x, *(parameter.detach() for parameter in module.parameters())]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            forward, backward = min_cut_rematerialization_partition(joint(module, x), None, num_fwd_outputs=1)
+            both = joint(module, x, any_rows=True)
+            forward, backward = min_cut_rematerialization_partition(both, None, num_fwd_outputs=1)
             kept = _spare_inputs(forward)
+            _read_rows(backward)
             with torch.no_grad():
                 outputs: Sequence[Tensor] = forward(*inputs)
-                leaving = outputs[0]
                 given = [inputs[-1 - k] if k < 0 else outputs[1 + k] for k in kept]
                 halves = [
                     _compile(half, arguments, Path(folder) / name)
                     for name, half, arguments in (
                         ("forward.pt2", forward, inputs),
-                        ("backward.pt2", backward, [*given, torch.ones_like(leaving)]),
+                        ("backward.pt2", backward, [*given, torch.ones_like(outputs[0])]),
                     )
                 ]
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError, UserError) as error:
             raise Unsupported(f"torch does not compile it: {str(error).splitlines()[0][:160]}") from error
     layout = Layout(
+        rows=ROWS_TAKEN,
         entering=Place.of(x),
         parameters=tuple((name, Place.of(parameter)) for name, parameter in module.named_parameters()),
-        leaving=Place.of(leaving),
         kept=tuple(kept),
         forward_bytes=len(halves[0]),
         backward_bytes=len(halves[1]),
@@ -100,13 +106,17 @@ def compiled(module: KernelModule, x: Tensor) -> bytes:
 
 
 def _spare_inputs(forward: fx.GraphModule) -> list[int]:
-    """Have the forward half no longer give back what it was given; where each kept value comes from, as ``Layout.kept``."""
+    """Have the forward half no longer give back what it was given, nor its number of rows.
+
+    Returns:
+        Where each kept tensor comes from, as ``Layout.kept``.
+    """
     placeholders = [node for node in forward.graph.nodes if node.op == "placeholder"]
     output = next(node for node in forward.graph.nodes if node.op == "output")
     leaving, *kept = output.args[0]
     sources: list[int] = []
     values: list[Any] = []
-    for value in kept:
+    for value in filter(_is_tensor, kept):
         if value in placeholders:
             sources.append(-1 - placeholders.index(value))
         else:
@@ -118,24 +128,71 @@ def _spare_inputs(forward: fx.GraphModule) -> list[int]:
     return sources
 
 
+def _read_rows(backward: fx.GraphModule) -> None:
+    """Have the backward half read the number of rows off the gradient it is given, instead of being told.
+
+    Raises:
+        RuntimeError: it wants another number than that.
+    """
+    placeholders = [node for node in backward.graph.nodes if node.op == "placeholder"]
+    gradient = placeholders[-1]
+    for told in placeholders:
+        if _is_tensor(told):
+            continue
+        if str(told.meta["val"]) != str(gradient.meta["val"].shape[0]):
+            raise RuntimeError(f"its backward pass needs {told.meta['val']} kept, which is no tensor")
+        with backward.graph.inserting_after(gradient):
+            read = backward.graph.call_function(torch.ops.aten.sym_size.int, (gradient, 0))
+        told.replace_all_uses_with(read)
+        backward.graph.erase_node(told)
+    backward.graph.lint()
+    backward.recompile()
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta["val"], Tensor)
+
+
 def _compile(half: fx.GraphModule, arguments: Sequence[Tensor], path: Path) -> bytes:
     from torch._inductor import aoti_compile_and_package, config
 
     config.compile_threads = 1
-    program = torch.export.export(half, tuple(arguments))
+    program = torch.export.export(half, tuple(arguments), dynamic_shapes=_sizes(half))
     aoti_compile_and_package(program, package_path=str(path))
     return path.read_bytes()
+
+
+def _sizes(half: fx.GraphModule) -> tuple[dict[int, Any], ...]:
+    """Which sizes of which input follow the number of rows, and how, in ``torch.export``'s terms.
+
+    Raises:
+        RuntimeError: some size is no multiple of it.
+    """
+    rows = Dim("rows", min=ROWS_TAKEN[0], max=ROWS_TAKEN[1])
+
+    def size(symbol: Any) -> Any:
+        factor, rest = symbol.node.expr.as_coeff_Mul()
+        if not rest.is_symbol:
+            raise RuntimeError(f"a size of {symbol} does not follow the rows")
+        return rows if factor == 1 else int(factor) * rows
+
+    return tuple(
+        {place: size(number) for place, number in enumerate(node.meta["val"].shape) if isinstance(number, torch.SymInt)}
+        for node in half.graph.nodes
+        if node.op == "placeholder"
+    )
 
 
 def _judged(blob: bytes, module: KernelModule, rows: int, seconds: float) -> NativeFigures:
     began = time.perf_counter()
     native = Native(blob)
     loaded = time.perf_counter()
-    x = torch.randn(native.layout.entering.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn((rows, *native.layout.entering.shape[1:]), generator=draw).requires_grad_()
     inputs = [x, *module.parameters()]
-    _step(native.run(inputs), inputs)
+    _step(native.run(inputs, Passes()), inputs)
     first = time.perf_counter()
-    difference = parity(native, module)
+    difference = max(parity(native, module, size) for size in (*PARITY_ROWS, rows))
     forward, step = _ratios(native, module, inputs)
     right = difference <= PARITY_LIMIT
     pays = step < PAYS
@@ -164,9 +221,10 @@ def _ratios(native: Native, module: KernelModule, inputs: Sequence[Tensor]) -> t
             work()
         return time.thread_time() - began
 
+    passes = Passes()
     pairs: tuple[tuple[Callable[[], Any], Callable[[], Any]], ...] = (
-        (torch.no_grad()(lambda: native.run(inputs)), torch.no_grad()(lambda: module(inputs[0]))),
-        (lambda: _step(native.run(inputs), inputs), lambda: _step(module(inputs[0]), inputs)),
+        (torch.no_grad()(lambda: native.run(inputs, passes)), torch.no_grad()(lambda: module(inputs[0]))),
+        (lambda: _step(native.run(inputs, passes), inputs), lambda: _step(module(inputs[0]), inputs)),
     )
     found = []
     for ours, eager in pairs:
