@@ -25,9 +25,9 @@ app = noun("seed", "Seeds: where they stand, what happened to them, orders to th
 
 ANY = "any"
 COUNTED = {
-    "native_passes": "passes forward and",
-    "native_gradients": "back by compiled code",
-    "eager_passes": "passes without it",
+    "native_passes": "passes forward",
+    "native_gradients": "backward by compiled code",
+    "eager_passes": "without it",
 }
 RunOption = Annotated[str, typer.Option("--run", "-r", help="The run: a name, a prefix, or latest.")]
 SlotArgument = Annotated[

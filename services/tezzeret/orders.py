@@ -19,7 +19,7 @@ from esper_core.rpc.convert import from_proto, to_proto
 from services.bell import Bell
 from services.tezzeret import builds
 from services.tezzeret.assortment import assortment
-from services.tezzeret.builds import COMPILING, PIPELINE, Build, Estimate, Wish
+from services.tezzeret.builds import PIPELINE, Build, Estimate, Wish
 from services.tezzeret.designs import Designs
 from services.tezzeret.toolchain import here
 
@@ -34,17 +34,12 @@ class Orders:
         self._database, self._bell, self._designs = database, bell, designs
 
     async def on_run(self, connection: Connection, event: Event) -> None:
-        """Order what fits the slots of a run that has registered, compiled where it trusts that; most useful first, slot by
-        slot in turn."""
+        """Order what fits the slots of a run that has registered; most useful first, slot by slot in turn."""
         if not isinstance(event.message, bus_pb2.RunRegistered) or not event.message.run.morphogenetic:
             return
         interfaces = {found.id: found for found in _interfaces(event.message)}
-        pipeline = COMPILING if event.message.native else PIPELINE
-        wishes = [
-            wish.model_copy(update={"pipeline": pipeline}).on(here())
-            for interface in interfaces.values()
-            for wish in assortment(interface)
-        ]
+        compiling = event.message.native
+        wishes = [wish.on(here()) for found in interfaces.values() for wish in assortment(found, compiling=compiling)]
         await self._take(connection, sorted(wishes, key=lambda wish: wish.rank), event.envelope.event_id)
 
     async def on_wish(self, connection: Connection, event: Event) -> None:

@@ -165,8 +165,9 @@ class MorphogeneticConfig(Section):
     )
     native: Literal["off", "trusted"] = Field(
         "off",
-        description="trusted: run compiled code that the forge signed for this machine and torch, where it is faster; loading "
-        "it is executing it, and results then equal the eager ones up to rounding",
+        description="trusted: have kernels compiled, and run the code that the forge signed for this machine and torch, where it is "
+        "faster; loading it is executing it, results then equal the eager ones up to rounding, and a kernel takes its compiler's "
+        "time (12 s on a free core, minutes beside other work): leave prepare_seconds room",
     )
     growth: GrowthSettings = Field(default_factory=GrowthSettings, description="thresholds and durations of growth")
     carve: CarveSettings = Field(
