@@ -102,7 +102,7 @@ class Seed:
         return event
 
     def _counted(self) -> dict[str, float]:
-        if not self.native:
+        if not (self.native or self.passes.native):
             return {}
         return {
             "native_passes": self.passes.native,

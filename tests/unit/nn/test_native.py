@@ -18,12 +18,18 @@ from esper_core.blueprint.build import KernelModule, build, example_input
 from esper_core.blueprint.catalogue import catalogue
 from esper_core.blueprint.interface import Layout as SlotLayout
 from esper_core.blueprint.interface import SlotInterface
-from esper_core.errors import Corrupt
+from esper_core.control.grower import Grower
+from esper_core.control.roles import LoadedKernel
+from esper_core.errors import Corrupt, Untrusted
+from esper_core.lifecycle import State
 from esper_core.nn.graft import Graft
-from esper_core.nn.native import PARITY_LIMIT, Forward, Native, Passes, pack, parity, unpack
+from esper_core.nn.host import wrap
+from esper_core.nn.native import NOT_BACK, PARITY_LIMIT, Forward, Native, Passes, pack, parity, unpack
 from services.tezzeret.native import ROWS_TAKEN, compiled
+from tests.unit.control.growing import QUICK, Given, Silent, order
 
 ROWS = 16
+SPAN = "0:2"
 SLOT = SlotInterface(layout=SlotLayout.FEATURES, in_width=12, out_width=7, hidden_width=3, activation="relu")
 
 
@@ -140,6 +146,80 @@ def test_a_graft_and_copies_of_its_kernel_run_natively(blob: bytes) -> None:
     with torch.no_grad():
         again.get_parameter("B.bias").add_(1.0)
     assert not torch.equal(again(x), module(x))
+
+
+def loaded(native: Native) -> LoadedKernel:
+    module = build(catalogue()["bottleneck_mlp"], SLOT, {"width": 5}, 0)
+    return LoadedKernel("kernel-1", module.ir, SLOT, {"width": 5}, dict(module.state_dict()), native)
+
+
+def growing(source: Given) -> Grower:
+    """A grower over a fresh host whose one slot the kernel fits."""
+    torch.manual_seed(0)
+    host = wrap(nn.Sequential(nn.Linear(12, 3), nn.ReLU(), nn.Linear(3, 7)), torch.zeros(2, 12))
+    draw = torch.Generator().manual_seed(0)
+    data = [(torch.randn(8, 12, generator=draw), torch.randn(8, 7, generator=draw)) for _ in range(4)]
+    return Grower(
+        host, torch.optim.Adam(host.parameters(), 1e-3), nn.functional.mse_loss, probe=data, validation=data,
+        settings=QUICK, controller=Silent(), source=source,
+    )  # fmt: skip
+
+
+def grafted(native: Native) -> Grower:
+    """Its seed has learnt natively and is blended in."""
+    grower = growing(Given(loaded(native)))
+    grower.command(order(SPAN, State.GERMINATED, kernel_id="kernel-1"))
+    for epoch in range(10):
+        grower.step(epoch, train_loss=1.0)
+        if grower.seeds[0].state is State.GRAFTING:
+            return grower
+    raise AssertionError(grower.seeds[0].state)
+
+
+def test_a_resumed_seed_counts_what_is_eager_until_its_compiled_code_is_back(blob: bytes) -> None:
+    native = Native(blob)
+    before = grafted(native)
+    (seed,) = before.seeds
+    assert seed.execution == "native"
+    assert seed.passes.gradients > 0
+    source = Given(None)
+    after = growing(source)
+    after.load_state_dict(before.state_dict())
+    (again,) = after.seeds
+    assert (again.native, again.passes) == (True, seed.passes)
+    x, had = torch.ones(4, 12), again.passes.native
+    eager = after.plot.host(x)
+    assert (again.passes.native, again.passes.eager) == (had, seed.passes.eager + 1)
+    assert again.execution == f"native, but for {NOT_BACK}"
+    source.kernel = loaded(native)
+    after.step(20, train_loss=1.0)
+    graft, was = after.plot.host.slots[SPAN].graft, before.plot.host.slots[SPAN].graft
+    assert graft is not None
+    assert was is not None
+    graft.alpha.copy_(was.alpha)
+    had, left = again.passes.native, again.passes.eager
+    torch.testing.assert_close(after.plot.host(x), eager)
+    assert (again.passes.native, again.passes.eager) == (had + 1, left)
+
+
+def test_compiled_code_that_never_comes_back_is_told_and_what_it_did_stays_told(blob: bytes) -> None:
+    before = grafted(Native(blob))
+    after = growing(Given(Untrusted("its key was revoked")))
+    after.load_state_dict(before.state_dict())
+    event = after.step(20, train_loss=1.0).events[0]
+    assert event.execution == "eager: its key was revoked"
+    assert event.measurements["native_gradients"] == before.seeds[0].passes.gradients > 0
+
+
+def test_compiled_code_that_comes_back_after_its_seed_has_ended_is_not_asked_for(blob: bytes) -> None:
+    before, source = grafted(Native(blob)), Given(None)
+    after = growing(source)
+    after.load_state_dict(before.state_dict())
+    after.command(order(SPAN, State.ROLLED_BACK))
+    assert after.step(20, train_loss=1.0).events[-1].target is State.ROLLED_BACK
+    source.kernel = Untrusted("nobody asks")
+    after.step(21, train_loss=1.0)
+    assert after.seeds[0].eager == ""
 
 
 def test_gradients_of_gradients_are_refused_rather_than_wrong(blob: bytes) -> None:
