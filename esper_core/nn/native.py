@@ -75,7 +75,7 @@ class Place(BaseModel):
         return tensor.shape[1:] == self.shape[1:] and self._alike(tensor)
 
     def _alike(self, tensor: Tensor) -> bool:
-        return tensor.stride() == self.stride and tensor.dtype is torch.float32 and tensor.device.type == "cpu"
+        return tensor.stride() == self.stride and tensor.dtype is torch.float32 and tensor.is_cpu
 
 
 class Layout(BaseModel):

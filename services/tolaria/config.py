@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from esper_core import presets
 from esper_core.config import Section, default_data_dir, load, parse_yaml, read_yaml
@@ -173,6 +173,11 @@ class MorphogeneticConfig(Section):
     carve: CarveSettings = Field(
         default_factory=CarveSettings, description="whether and how what no longer pays is taken out; off by default"
     )
+
+    @field_validator("native", mode="before")
+    @classmethod
+    def _spelled(cls, given: Any) -> Any:
+        return "off" if given is False else given  # YAML reads a bare off so
 
 
 class LoggingConfig(Section):
