@@ -10,6 +10,7 @@ the machine that it is for. Knows no key and no network.
 from __future__ import annotations
 
 import copy
+import operator
 import os
 import statistics
 import tempfile
@@ -77,16 +78,10 @@ def compiled(module: KernelModule, x: Tensor) -> bytes:
         raise Unsupported("its slot leaves the number of positions open, and compiled code takes only one number")
     if any(True for _ in module.buffers()):
         raise Unsupported("it keeps statistics of its batches, which compiled code would not update")
-    from torch._dynamo.exc import UserError
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-
     inputs = [x, *(parameter.detach() for parameter in module.parameters())]
     with tempfile.TemporaryDirectory() as folder:
         try:
-            both = joint(module, x, any_rows=True)
-            forward, backward = min_cut_rematerialization_partition(both, None, num_fwd_outputs=1)
-            kept = _spare_inputs(forward)
-            _read_rows(backward)
+            forward, backward, kept = halved(module, x)
             with torch.no_grad():
                 outputs: Sequence[Tensor] = forward(*inputs)
                 given = [inputs[-1 - k] if k < 0 else outputs[1 + k] for k in kept]
@@ -97,7 +92,7 @@ def compiled(module: KernelModule, x: Tensor) -> bytes:
                         ("backward.pt2", backward, [*given, torch.ones_like(outputs[0])]),
                     )
                 ]
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError, UserError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
             raise Unsupported(f"torch does not compile it: {str(error).splitlines()[0][:160]}") from error
     layout = Form(
         rows=ROWS_TAKEN,
@@ -108,6 +103,24 @@ def compiled(module: KernelModule, x: Tensor) -> bytes:
         backward_bytes=len(halves[1]),
     )
     return pack(layout, *halves)
+
+
+def halved(module: KernelModule, x: Tensor) -> tuple[fx.GraphModule, fx.GraphModule, list[int]]:
+    """Forward and backward pass for any number of rows, and where what the second is given comes from, as ``Layout.kept``.
+
+    The first maps (batch, parameters) to the output and what is kept, the second what is kept and the output's gradient to the
+    gradients of batch and parameters.
+
+    Raises:
+        RuntimeError: torch does not trace it so.
+    """
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    both = joint(module, x, any_rows=True)
+    forward, backward = min_cut_rematerialization_partition(both, None, num_fwd_outputs=1)
+    kept = _spare_inputs(forward)
+    _read_rows(backward)
+    return forward, backward, kept
 
 
 def _spare_inputs(forward: fx.GraphModule) -> list[int]:
@@ -134,7 +147,7 @@ def _spare_inputs(forward: fx.GraphModule) -> list[int]:
 
 
 def _read_rows(backward: fx.GraphModule) -> None:
-    """Have the backward half read the number of rows off the gradient it is given, instead of being told.
+    """Have the backward half read the number of rows off the gradient it is given, instead of being told it or a multiple.
 
     Raises:
         RuntimeError: it wants another number than that.
@@ -144,10 +157,10 @@ def _read_rows(backward: fx.GraphModule) -> None:
     for told in placeholders:
         if _is_tensor(told):
             continue
-        if str(told.meta["val"]) != str(gradient.meta["val"].shape[0]):
-            raise RuntimeError(f"its backward pass needs {told.meta['val']} kept, which is no tensor")
         with backward.graph.inserting_after(gradient):
-            read = backward.graph.call_function(torch.ops.aten.sym_size.int, (gradient, 0))
+            rows = backward.graph.call_function(torch.ops.aten.sym_size.int, (gradient, 0))
+        with backward.graph.inserting_after(rows):
+            read = backward.graph.call_function(operator.mul, (rows, _multiple(told.meta["val"])))
         told.replace_all_uses_with(read)
         backward.graph.erase_node(told)
     backward.graph.lint()
@@ -175,17 +188,27 @@ def _sizes(half: fx.GraphModule) -> tuple[dict[int, Any], ...]:
     """
     rows = Dim("rows", min=ROWS_TAKEN[0], max=ROWS_TAKEN[1])
 
-    def size(symbol: Any) -> Any:
-        factor, rest = symbol.node.expr.as_coeff_Mul()
-        if not rest.is_symbol:
-            raise RuntimeError(f"a size of {symbol} does not follow the rows")
-        return rows if factor == 1 else int(factor) * rows
+    def size(number: torch.SymInt) -> Any:
+        multiple = _multiple(number)
+        return rows if multiple == 1 else multiple * rows
 
     return tuple(
         {place: size(number) for place, number in enumerate(node.meta["val"].shape) if isinstance(number, torch.SymInt)}
         for node in half.graph.nodes
         if node.op == "placeholder"
     )
+
+
+def _multiple(number: torch.SymInt) -> int:
+    """Which multiple of the number of rows, the one symbol there is, ``number`` is.
+
+    Raises:
+        RuntimeError: none.
+    """
+    factor, symbol = number.node.expr.as_coeff_Mul()
+    if not (symbol.is_symbol and factor.is_integer):
+        raise RuntimeError(f"a size of {number} does not follow the rows")
+    return int(factor)
 
 
 def _judged(blob: bytes, module: KernelModule, rows: int, seconds: float) -> NativeFigures:
