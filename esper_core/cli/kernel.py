@@ -19,7 +19,7 @@ from esper_core.cli.query import StatusName, narrow
 from esper_core.cli.resolve import LATEST, content_id, kernel_of, run_of, slot_of
 from esper_core.cli.seed import ordered
 from esper_core.ids import new_id
-from esper_core.pb.esper.core.v1.kernel_pb2 import KernelRecord, KernelStatus, Measurement
+from esper_core.pb.esper.core.v1.kernel_pb2 import KernelManifest, KernelRecord, KernelStatus, Measurement
 from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 
@@ -214,9 +214,20 @@ def _summary(record: KernelRecord) -> RenderableType:
             ("weights", f"{manifest.blob_bytes:,} bytes, sha256 {manifest.blob_sha256}"),
             ("built by", f"{manifest.provenance.compiler} in {number(manifest.provenance.build_seconds)} s"),
             ("parity", f"{number(manifest.provenance.parity_max_abs_diff)} largest difference"),
+            ("compiled", _compiled(manifest)),
             ("signed by", ", ".join(f"key {statement.key_id}" for statement in record.attestations)),
         ]
     )  # fmt: skip
+
+
+def _compiled(manifest: KernelManifest) -> str | None:
+    """What came of compiling it; None where nobody tried."""
+    if not manifest.provenance.HasField("native"):
+        return None
+    native = manifest.provenance.native
+    if not native.shipped:
+        return f"no: {native.reason}"
+    return f"a step of {native.rows} rows takes {number(native.step_ratio)} of an eager one"
 
 
 def _found(found: dict[str, Any]) -> list[tuple[str, Any]]:

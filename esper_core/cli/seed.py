@@ -24,6 +24,11 @@ from esper_core.pb.esper.kasmina.v1 import kasmina_pb2
 app = noun("seed", "Seeds: where they stand, what happened to them, orders to them.")
 
 ANY = "any"
+COUNTED = {
+    "native_passes": "passes forward",
+    "native_gradients": "backward by compiled code",
+    "eager_passes": "without it",
+}
 RunOption = Annotated[str, typer.Option("--run", "-r", help="The run: a name, a prefix, or latest.")]
 SlotArgument = Annotated[
     str | None,
@@ -87,6 +92,8 @@ async def show_seed(
 ) -> None:
     """Show a seed and its whole history: each state change with its epoch, its reason and what was measured for it.
 
+    Where the run trusts compiled code, `runs` says whether the kernel has run natively, and how many passes did.
+
     Example:  esperctl seed show fc1:fc2 --run digits-1
     """
     if slot is not None and (parts := split_seed_id(slot)) is not None:
@@ -100,7 +107,7 @@ async def show_seed(
         [
             ("seed", seed.seed_id), ("state", _state(seed.state)), ("alpha", number(seed.alpha)),
             ("health", _health(seed)), ("blueprint", seed.blueprint_name), ("kernel", seed.kernel_id),
-            ("last change", f"epoch {seed.epoch}"),
+            ("runs", _execution(list(seed.history))), ("last change", f"epoch {seed.epoch}"),
         ]
     )  # fmt: skip
     call.output.document(plain(seed), summary, cell(" "), _history(list(seed.history)))
@@ -203,6 +210,16 @@ def _history(history: list[SeedEvent]) -> RenderableType:
     ]
     columns = (">EPOCH", "FROM → TO", ">ALPHA", "*REASON", "*MEASURED", "COMMAND")
     return table(columns, rows, empty="nothing has happened to it yet")
+
+
+def _execution(history: list[SeedEvent]) -> str | None:
+    """How the kernel has run up to the last change that tells; None where its run trusts no compiled code."""
+    told = next((event for event in reversed(history) if event.execution), None)
+    if told is None:
+        return None
+    counts = {name: int(told.measurements[name]) for name in COUNTED if name in told.measurements}
+    figures = ", ".join(f"{count:,} {COUNTED[name]}" for name, count in counts.items())
+    return f"{told.execution} ({figures})" if figures else told.execution
 
 
 def _change(event: SeedEvent) -> Text:

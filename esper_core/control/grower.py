@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from esper_core.control import resume
+from esper_core.control.awaited import Awaited
 from esper_core.control.boundary import Boundary, BoundaryReport
 from esper_core.control.governor import Governor
 from esper_core.control.harvest import GrowthReport, harvest
@@ -81,6 +82,7 @@ class Grower:
         self.governor = Governor(self.settings.governor)
         self.survey = Survey(self.plot)
         self._restored = False
+        self._awaited = Awaited(self.plot, self.source)
         self._ledger = Ledger({name: Seed(run_id, name) for name in host.slots}, host.parameter_count)
 
     @property
@@ -122,6 +124,7 @@ class Grower:
             validation_loss, validation_accuracy: told to the controller.
         """
         began = time.perf_counter()
+        self._awaited.look(self._ledger.seeds)
         loss = self.survey.loss() if train_loss is None else train_loss
         self.survey.hear(loss)
         events: list[SeedEvent] = self._govern(epoch, loss)
@@ -181,6 +184,8 @@ class Grower:
         for seed in self.seeds:
             if seed.state is State.LOADING:  # what the source was asked for, this process never asked
                 self.source.request(seed.kernel_id, self.plot.host.slots[seed.slot].interface)
+        self._awaited.expect(self._ledger.seeds)
+        self._awaited.look(self._ledger.seeds)
 
     def _govern(self, epoch: int, loss: float) -> list[SeedEvent]:
         """Throw every blended graft out when the loss, the host or a kernel says so."""

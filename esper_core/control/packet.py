@@ -229,6 +229,7 @@ class SeedEvent(Noun):
     blueprint_name: str = ""
     alpha: float = Field(default=0.0, ge=0, le=1)
     measurements: dict[str, float] = {}
+    execution: str = ""
 
 
 class FieldReport(Noun):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from esper_core.blueprint.build import KernelModule, build
 from esper_core.control.roles import LoadedKernel
+from esper_core.control.seed import Seed
 from esper_core.control.settings import GrowthSettings
 from esper_core.errors import Corrupt, InvalidInput
 from esper_core.nn.chance import random_state, set_random_state
@@ -89,12 +90,18 @@ class Plot:
             module.load_state_dict(dict(kernel.weights))
         except RuntimeError as problem:
             raise InvalidInput(f"weights of {kernel.kernel_id[:19]} do not fit its blueprint") from problem
-        if kernel.native is not None:
-            try:
-                kernel.native.attach(module)
-            except Corrupt as problem:  # the kernel itself is sound: it runs without
-                log.warning("native.declined", kernel_id=kernel.kernel_id, reason=problem.message)
         return slot.bind(module)
+
+    def quicken(self, slot: Slot, kernel: LoadedKernel, seed: Seed) -> None:
+        """Have the slot's kernel run natively where it came with compiled code; the seed knows whether it does, or why not."""
+        seed.native, seed.eager = kernel.native is not None, kernel.eager
+        if kernel.native is None:
+            return
+        try:
+            kernel.native.attach(self.kernel(slot), seed.passes)
+        except Corrupt as problem:  # the kernel itself is sound: it runs without
+            log.warning("native.declined", kernel_id=kernel.kernel_id, reason=problem.message)
+            seed.native, seed.eager = False, problem.message
 
     def blend(self, slot: Slot) -> None:
         """Let the host run through the kernel at its alpha and train it with the host's optimiser."""

@@ -27,6 +27,7 @@ class LoadedKernel:
     Attributes:
         weights: by parameter name of the built module.
         native: compiled code for it, where the run trusts some; the kernel is whole without.
+        eager: why it has none, where the run trusts some.
     """
 
     kernel_id: str
@@ -35,6 +36,7 @@ class LoadedKernel:
     symbols: Mapping[str, int]
     weights: Mapping[str, Tensor]
     native: Native | None = None
+    eager: str = ""
 
     def cost(self, unit_parameters: int) -> int:
         """Parameters that the host will have more of in the end.

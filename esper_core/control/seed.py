@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from esper_core.control.packet import RampStyle, SeedEvent
 from esper_core.lifecycle import State, check
+from esper_core.nn.native import Passes
 
 MUTABLE = (
     "generation", "since", "kernel_id", "blueprint_id", "blueprint_name", "command_id", "parameters", "germinated_epoch",
     "reconstruction", "contribution", "contribution_lower", "rent", "lessons", "folded", "fold_difference", "band", "failures",
+    "native", "eager",
 )  # fmt: skip
 """Plain fields that a checkpoint carries over as they are."""
 
@@ -20,7 +22,8 @@ MUTABLE = (
 @dataclass
 class Seed:
     """Attributes are those of ``esper.core.v1.Seed`` and what its reports need; ``since`` is the epoch of its last change,
-    ``failures`` the tries at the slot that failed in a row, this one included."""
+    ``failures`` the tries at the slot that failed in a row, this one included, ``native`` whether its kernel has compiled code,
+    ``eager`` why not where the run trusts such, ``passes`` how often that ran."""
 
     run_id: str
     slot: str
@@ -43,12 +46,24 @@ class Seed:
     fold_difference: float | None = None
     band: float = math.inf
     failures: int = 0
+    native: bool = False
+    eager: str = ""
+    passes: Passes = field(default_factory=Passes)
     embargo_until: int = 0
     barred: set[str] = field(default_factory=set)
 
     @property
     def seed_id(self) -> str:
         return f"{self.run_id}/{self.slot}/{self.generation}"
+
+    @property
+    def execution(self) -> str:
+        """How its kernel has run so far, in words; empty where the run trusts no compiled code."""
+        if self.eager:
+            return f"eager: {self.eager}"[:300]
+        if not self.native:
+            return ""
+        return f"native, but for {self.passes.why}"[:300] if self.passes.eager else "native"
 
     def advance(
         self,
@@ -80,10 +95,20 @@ class Seed:
             kernel_id=self.kernel_id,
             blueprint_name=self.blueprint_name,
             alpha=alpha,
-            measurements=dict(measurements or {}),
+            measurements={**(measurements or {}), **self._counted()},
+            execution=self.execution,
         )
         self.state, self.since = target, epoch
         return event
+
+    def _counted(self) -> dict[str, float]:
+        if not (self.native or self.passes.native):
+            return {}
+        return {
+            "native_passes": self.passes.native,
+            "native_gradients": self.passes.gradients,
+            "eager_passes": self.passes.eager,
+        }
 
     def reborn(self) -> Seed:
         """The slot's next seed: dormant, remembering which blueprints are barred and how many tries have failed in a row."""
@@ -99,6 +124,7 @@ class Seed:
             "style": int(self.style),
             "embargo_until": self.embargo_until,
             "barred": sorted(self.barred),
+            "passes": asdict(self.passes),
         }
 
     @classmethod
@@ -106,4 +132,5 @@ class Seed:
         """The seed that ``state_dict`` described."""
         values = dict(state)
         values["state"], values["style"] = State(values["state"]), RampStyle(values["style"])
-        return cls(run_id, slot, barred=set(values.pop("barred")), **values)
+        passes = Passes(**values.pop("passes", {}))
+        return cls(run_id, slot, barred=set(values.pop("barred")), passes=passes, **values)

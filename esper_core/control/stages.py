@@ -43,6 +43,7 @@ def loading(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent | None:
                 State.CULLED, now.epoch, f"the kernel costs {cost} parameters, the budget has {left} left"
             )
         graft = now.plot.plant(slot, kernel)
+        now.plot.quicken(slot, kernel, seed)
     except EsperError as problem:
         return seed.advance(State.CULLED, now.epoch, f"the kernel could not be had: {problem.message}")
     seed.blueprint_id, seed.blueprint_name = kernel.blueprint.id, kernel.blueprint.name

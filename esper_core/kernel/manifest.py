@@ -35,7 +35,7 @@ class NativeFigures(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     rows: int = Field(ge=1)
-    """Batch it was compiled and timed for."""
+    """Batch it was timed at."""
     build_seconds: float = Field(default=0.0, ge=0)
     """Wall seconds of tracing, partitioning and compiling."""
     load_seconds: float = Field(default=0.0, ge=0)

@@ -19,6 +19,8 @@ from esper_core.kernel.trust import REFETCH, TrustList
 
 PREDICATE = "urn:esper:attestation:native:v1"
 MAX_BYTES = 128 << 20
+FORM = 2
+"""Of the blob: 1 took one batch size, 2 takes a range."""
 
 
 class NativeRecord(BaseModel):
@@ -34,7 +36,7 @@ class NativeRecord(BaseModel):
     blob_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     blob_bytes: int = Field(ge=1, le=MAX_BYTES)
     rows: int = Field(ge=1)
-    """The one batch size it takes."""
+    """Batch size it was timed at; which sizes it takes, the blob says."""
     step_ratio: float = Field(ge=0)
     """Native over eager seconds of forward and backward where it was built."""
 
@@ -45,8 +47,8 @@ class NativeRecord(BaseModel):
 
 
 def convention() -> str:
-    """What must be equal where a native part is built and where it is loaded: ``torch/<version>`` of this process."""
-    return f"torch/{version('torch')}"
+    """What must be equal where a native part is built and where it is loaded: this process's torch, and the form of the blob."""
+    return f"torch/{version('torch')} native/{FORM}"
 
 
 def native_statement(record: NativeRecord) -> Statement:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from esper_core.blueprint.catalogue import DEFAULT_WIDTH, WIDTHS, candidates
 from esper_core.blueprint.interface import SlotInterface
-from services.tezzeret.builds import Estimate, Wish
+from services.tezzeret.builds import COMPILING, PIPELINE, Estimate, Wish
 
 WIDENERS = frozenset({"bottleneck_mlp", "conv_bypass_3x3"})
 USEFUL_WIDTHS = tuple(sorted(WIDTHS, key=lambda width: (width < DEFAULT_WIDTH, width)))
 """8, 16, 32, 4: the narrowest is rarely enough and is built last."""
 
 
-def assortment(interface: SlotInterface) -> list[Wish]:
-    """One wish per design and width; ``rank`` is the position."""
+def assortment(interface: SlotInterface, *, compiling: bool = False) -> list[Wish]:
+    """One wish per design and width; ``rank`` is the position.
+
+    Args:
+        interface: the slot's.
+        compiling: whether wideners shall be compiled: the others, taken only where no widener is, are not worth the time.
+    """
     chosen = [
         (name, ir, ir.bind(symbols))
         for name, ir, symbols in candidates(interface, USEFUL_WIDTHS)
@@ -29,6 +34,7 @@ def assortment(interface: SlotInterface) -> list[Wish]:
             blueprint_name=name,
             interface=interface,
             symbols=symbols,
+            pipeline=COMPILING if compiling and name in WIDENERS else PIPELINE,
             rank=rank,
             estimate=Estimate.of(ir, interface, symbols),
         )

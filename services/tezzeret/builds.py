@@ -36,10 +36,11 @@ from esper_core.kernel.manifest import NativeFigures
 from services.tezzeret.toolchain import Toolchain
 
 PIPELINE = "standard"
-PIPELINES = ("fast", PIPELINE, "aggressive")
+COMPILING = "aggressive"
+PIPELINES = ("fast", PIPELINE, COMPILING)
 """Ever more is done to a kernel: built and compared; exported as a graph and compared; compiled for this machine."""
 ROWS = 64
-"""Batch that memory is estimated for, and that native kernels are compiled for."""
+"""Batch that memory is estimated for, and that native kernels are timed at."""
 LEASE_SECONDS = 12.0
 """After its last sign of life a forge's builds are anybody's; it gives three signs in that time."""
 

@@ -72,8 +72,13 @@ def examine(module: KernelModule, x: Tensor) -> Graph:
     )
 
 
-def joint(module: KernelModule, x: Tensor) -> fx.GraphModule:
+def joint(module: KernelModule, x: Tensor, *, any_rows: bool = False) -> fx.GraphModule:
     """Forward and backward as one graph over (batch, parameters) and the output's gradient.
+
+    Args:
+        module: the kernel.
+        x: an example batch.
+        any_rows: whether the number of rows is a symbol instead of the example's.
 
     Raises:
         RuntimeError: torch cannot trace it.
@@ -87,9 +92,26 @@ def joint(module: KernelModule, x: Tensor) -> fx.GraphModule:
         return (leaving if module.ir.nodes[-1].op not in VIEWS else leaving.clone(),)
 
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (x, *module.parameters())]
+    if any_rows:
+        leaves = _with_any_rows(leaves)
     traced = aot_export_joint_simple(forward, tuple(leaves), trace_joint=True)
     assert isinstance(traced, fx.GraphModule)  # noqa: S101 - what the name says
     return traced
+
+
+def _with_any_rows(leaves: list[Tensor]) -> list[Tensor]:
+    """Stand-ins without data; the first one's first size is a symbol."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    batch, *others = leaves
+    sizes = [DimDynamic.DYNAMIC] + [DimDynamic.STATIC] * (batch.dim() - 1)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [
+        mode.from_tensor(batch, symbolic_context=context),
+        *(mode.from_tensor(tensor, static_shapes=True) for tensor in others),
+    ]
 
 
 VIEWS = frozenset({"attention", "linear", "match_output_size"})

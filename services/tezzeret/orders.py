@@ -38,7 +38,8 @@ class Orders:
         if not isinstance(event.message, bus_pb2.RunRegistered) or not event.message.run.morphogenetic:
             return
         interfaces = {found.id: found for found in _interfaces(event.message)}
-        wishes = [wish.on(here()) for interface in interfaces.values() for wish in assortment(interface)]
+        compiling = event.message.native
+        wishes = [wish.on(here()) for found in interfaces.values() for wish in assortment(found, compiling=compiling)]
         await self._take(connection, sorted(wishes, key=lambda wish: wish.rank), event.envelope.event_id)
 
     async def on_wish(self, connection: Connection, event: Event) -> None:

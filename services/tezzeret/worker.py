@@ -178,7 +178,7 @@ class Worker:
         assert blob is not None  # noqa: S101 - the forge answers only when it has written it
         manifest = KernelManifest.model_validate(answer["manifest"])
         figures, native = None, None
-        if build.pipeline == "aggressive":
+        if build.pipeline == builds.COMPILING:
             figures, native = await self._compile(job, build.build_id)
             manifest = _with_figures(manifest, figures)
         kernel_id = await self._upload.kernel(manifest, blob)

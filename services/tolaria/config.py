@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from esper_core import presets
 from esper_core.config import Section, default_data_dir, load, parse_yaml, read_yaml
@@ -165,13 +165,19 @@ class MorphogeneticConfig(Section):
     )
     native: Literal["off", "trusted"] = Field(
         "off",
-        description="trusted: run compiled code that the forge signed for this machine and torch, where it is faster; loading "
-        "it is executing it, and results then equal the eager ones up to rounding",
+        description="trusted: have kernels compiled, and run the code that the forge signed for this machine and torch, where it is "
+        "faster; loading it is executing it, results then equal the eager ones up to rounding, and a kernel takes its compiler's "
+        "time (12 s on a free core, minutes beside other work): leave prepare_seconds room",
     )
     growth: GrowthSettings = Field(default_factory=GrowthSettings, description="thresholds and durations of growth")
     carve: CarveSettings = Field(
         default_factory=CarveSettings, description="whether and how what no longer pays is taken out; off by default"
     )
+
+    @field_validator("native", mode="before")
+    @classmethod
+    def _spelled(cls, given: Any) -> Any:
+        return "off" if given is False else given  # YAML reads a bare off so
 
 
 class LoggingConfig(Section):

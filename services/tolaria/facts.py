@@ -55,7 +55,8 @@ class Facts:
             morphogenetic=bool(slots),
             slots=slots,
         )
-        self._tell((subjects.RUN_EVENTS, bus_pb2.RunRegistered(run=run, epoch=epoch)), epoch)
+        native = config.morphogenetic.native == "trusted"
+        self._tell((subjects.RUN_EVENTS, bus_pb2.RunRegistered(run=run, epoch=epoch, native=native)), epoch)
         self.spool.sync()
 
     def epoch(self, boundary: Boundary) -> None:

@@ -1,7 +1,7 @@
 """Native parts of kernels, fetched by a run that was told to trust them.
 
-Everything that could make it unwise to load one makes the kernel run eagerly instead, and is logged: none for this machine
-and torch, a signature that does not hold, other bytes, another kernel, code that does not compute what the kernel does.
+Everything that could make it unwise to load one makes the kernel run eagerly instead, and its seed says so: none for this
+machine and torch, a signature that does not hold, other bytes, another kernel, code that does not compute what the kernel does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from esper_core.errors import Corrupt, EsperError, NotFound, Untrusted
+from esper_core.errors import Corrupt, EsperError, Untrusted
+from esper_core.kernel.manifest import NativeFigures
 from esper_core.kernel.native import NativeRecord, convention, verify_native
 from esper_core.kernel.sign import Attestation
 from esper_core.kernel.trust import TrustList
@@ -24,17 +25,26 @@ log = get(__name__)
 STREAM_SECONDS = 60.0
 
 
-async def native_of(link: Link, trust_path: Path, kernel_id: str) -> Native | None:
-    """The kernel's native part, loaded; None when there is none that may be trusted here."""
+async def native_of(link: Link, trust_path: Path, kernel_id: str, figures: NativeFigures | None) -> Native | str:
+    """The kernel's native part, loaded, or why there is none that may be trusted here.
+
+    Args:
+        link: the run's connection.
+        trust_path: the trust list.
+        kernel_id: the kernel.
+        figures: what its papers say came of compiling it.
+    """
+    if figures is None:
+        return "the forge was not asked to compile this kernel"
+    if not figures.shipped:
+        return f"the forge ships no compiled code for this kernel: {figures.reason}"
     try:
         record, attestation, blob = await _stream(link, kernel_id)
         trusted(kernel_id, record, attestation, blob, TrustList.load(trust_path))
         return await asyncio.to_thread(Native, blob)
-    except NotFound:
-        return None
     except EsperError as error:
         log.warning("native.declined", kernel_id=kernel_id, reason=error.message)
-        return None
+        return error.message
 
 
 def trusted(kernel_id: str, record: NativeRecord, attestation: Attestation, blob: bytes, trust: TrustList) -> None:

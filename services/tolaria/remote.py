@@ -42,6 +42,9 @@ STEP_SECONDS = 1.0
 STREAM_SECONDS = 60.0
 PAUSE, LONGEST_PAUSE = 0.2, 5.0
 DAMAGED_TRIES = 3
+RETURN_SECONDS = 10.0
+"""How long a resumed run that trusts native code waits, once, for that of a kernel: from its first step on, it then equals a run
+that was never interrupted."""
 _PASSING = (Unavailable, DeadlineExceeded, Exhausted)
 
 
@@ -123,7 +126,7 @@ class RemoteKernels:
         self._wait = wait_seconds
         self._fetching: dict[str, concurrent.futures.Future[KernelManifest]] = {}
         self._native = native
-        self._natives: dict[str, Native] = {}
+        self._natives: dict[str, Native | str] = {}
 
     def candidates(self, interface: SlotInterface) -> tuple[KernelCandidate, ...]:  # noqa: ARG002 - Tamiyo asks the library
         """None of its own."""
@@ -142,10 +145,12 @@ class RemoteKernels:
             EsperError: it can never be had: unknown, untrusted, damaged at its source, too large.
         """
         future = self._fetching.get(kernel_id)
+        wait = self._wait if self._link.connected else 0
         if future is None:  # asked for before the run was interrupted
             future = self._fetching[kernel_id] = self._link.submit(lambda: self._fetch(kernel_id))
+            wait = RETURN_SECONDS if self._native else wait
         try:
-            manifest = future.result(self._wait if self._link.connected else 0)
+            manifest = future.result(wait)
         except concurrent.futures.TimeoutError:
             return None
         except EsperError:
@@ -155,8 +160,9 @@ class RemoteKernels:
         if weights is None:  # made room for others since
             del self._fetching[kernel_id]
             return None
-        native = self._natives.get(kernel_id)
-        return LoadedKernel(kernel_id, manifest.blueprint, manifest.interface, manifest.symbols, weights, native)
+        found = self._natives.get(kernel_id, "")
+        native, eager = (None, found) if isinstance(found, str) else (found, "")
+        return LoadedKernel(kernel_id, manifest.blueprint, manifest.interface, manifest.symbols, weights, native, eager)
 
     async def _fetch(self, kernel_id: str) -> KernelManifest:
         """Stream, check and cache one kernel, going on from where a broken stream ended, for as long as it takes."""
@@ -177,11 +183,9 @@ class RemoteKernels:
                 if damaged >= DAMAGED_TRIES:
                     raise
         self._cache.put(kernel_id, unpack(bytes(blob), manifest))
-        figures = manifest.provenance.native
-        if self._native and figures is not None and figures.shipped and kernel_id not in self._natives:
-            native = await native_of(self._link, self._trust_path, kernel_id)
-            if native is not None:
-                self._natives[kernel_id] = native
+        if self._native and not isinstance(self._natives.get(kernel_id), Native):
+            figures = manifest.provenance.native
+            self._natives[kernel_id] = await native_of(self._link, self._trust_path, kernel_id, figures)
         return manifest
 
     async def _stream(self, kernel_id: str, blob: bytearray) -> KernelManifest:

@@ -38,6 +38,7 @@ def test_plain_spells_every_field_with_its_kind():
         "blueprint_name": "",
         "alpha": 0.0,
         "measurements": {"a": 1.0, "b": 2.5},
+        "execution": "",
     }
 
 

@@ -15,7 +15,7 @@ from esper_core.errors import InvalidInput
 from esper_core.kernel.manifest import KernelManifest
 from esper_core.kernel.pack import load
 from services.tezzeret.assortment import WIDENERS, assortment
-from services.tezzeret.builds import Wish
+from services.tezzeret.builds import COMPILING, PIPELINE, Wish
 from services.tezzeret.forge import forge, parity
 from services.tezzeret.worker import seed_of
 
@@ -89,6 +89,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path: Path)
     with pytest.raises(InvalidInput, match="exceeds"):
         forge(job(tmp_path / "x", huge, "linear_bypass"))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.layout.name)
+def test_for_a_run_that_trusts_compiled_code_wideners_are_compiled_and_nothing_else_changes(
+    slot: SlotInterface,
+) -> None:
+    plain, compiled = assortment(slot), assortment(slot, compiling=True)
+    assert {wish.pipeline for wish in plain} == {PIPELINE}
+    wanted = [COMPILING if wish.blueprint_name in WIDENERS else PIPELINE for wish in plain]
+    assert [wish.pipeline for wish in compiled] == wanted
+    assert [wish.model_copy(update={"pipeline": PIPELINE}) for wish in compiled] == plain
 
 
 @pytest.mark.parametrize("slot", SLOTS, ids=lambda slot: slot.layout.name)

@@ -14,7 +14,7 @@ from esper_core.kernel.native import NativeRecord, convention, native_statement
 from esper_core.kernel.sign import Statement, generate_key, public_pem, sign
 from esper_core.kernel.trust import TrustList, trust_entry
 from services.sandbox import target
-from services.tolaria.config import TolariaConfig
+from services.tolaria.config import TolariaConfig, read_run
 from services.tolaria.native import trusted
 
 KERNEL = "kernel-" + "1" * 64
@@ -88,5 +88,7 @@ def test_a_statement_about_the_kernel_itself_does_not_vouch_for_code() -> None:
 def test_a_run_trusts_native_code_only_when_told_to() -> None:
     assert load(TolariaConfig, {}).morphogenetic.native == "off"
     assert load(TolariaConfig, {"morphogenetic": {"native": "trusted"}}).morphogenetic.native == "trusted"
+    for spelled in ("off", "trusted"):
+        assert read_run("digits", [f"morphogenetic.native={spelled}"]).morphogenetic.native == spelled
     with pytest.raises(InvalidInput):
         load(TolariaConfig, {"morphogenetic": {"native": "yes"}})
