@@ -24,6 +24,8 @@ class Boundary:
     keep_snapshot: Callable[[Seed], None]
     left: Callable[[Seed], int | None]
     """Parameters that the seed's own kernel may add; None = no limit."""
+    alone: Callable[[Seed], bool]
+    """Whether no other graft is blended: what is done to the host then concerns nobody else's way back."""
 
 
 @dataclass(frozen=True)

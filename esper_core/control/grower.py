@@ -129,7 +129,9 @@ class Grower:
         self.survey.hear(loss)
         events: list[SeedEvent] = self._govern(epoch, loss)
         self._restored = False
-        now = Boundary(self.plot, self.source, self.governor, epoch, loss, self._keep_snapshot, self._left_for)
+        now = Boundary(
+            self.plot, self.source, self.governor, epoch, loss, self._keep_snapshot, self._left_for, self._alone
+        )
         for seed in list(self._ledger.seeds.values()):
             events += self._advance(seed, now)
         moved = time.perf_counter()
@@ -260,7 +262,7 @@ class Grower:
         grafts blended the host stays as it is, since they have learnt with it.
         """
         snapshot = self._ledger.snapshots.pop(seed.slot, None)
-        if snapshot is None or any(other.state in BLENDED for other in self.seeds):
+        if snapshot is None or not self._alone(seed):
             return
         now, kept = self.survey.loss(), self.plot.snapshot()
         self.plot.restore(snapshot)
@@ -281,6 +283,10 @@ class Grower:
 
     def _keep_snapshot(self, seed: Seed) -> None:
         self._ledger.snapshots[seed.slot] = self.plot.snapshot()
+
+    def _alone(self, seed: Seed) -> bool:
+        """Whether no other graft is blended."""
+        return not any(other.state in BLENDED for other in self.seeds if other is not seed)
 
     def _graft_free(self) -> bool:
         """Whether another graft may be under way."""

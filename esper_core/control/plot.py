@@ -21,7 +21,8 @@ from esper_core.errors import Corrupt, InvalidInput
 from esper_core.nn.chance import random_state, set_random_state
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
-from esper_core.nn.probe import Batch, LossFunction, each_tensor, run
+from esper_core.nn.probe import Batch, LossFunction, each_tensor, mean_loss, run
+from esper_core.nn.shrink import shrink
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
 log = structlog.get_logger(__name__)
@@ -152,6 +153,17 @@ class Plot:
         # or the snapshot would train along.
         self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
         set_random_state(snapshot["random"])
+
+    def shrink(self) -> float:
+        """Scale down what the optimiser trains as far as the held-back loss hardly rises; the factor, 1 when it was left alone."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        chosen = self.settings
+        return shrink(
+            trained,
+            lambda: mean_loss(self.host, self.validation, self.loss_fn),
+            chosen.smallest_shrink,
+            chosen.shrink_rise,
+        )
 
     def fold(self, slot: Slot) -> float | None:
         """Make the slot's kernel part of the host.

@@ -91,6 +91,11 @@ class GrowthSettings(Settings):
     """Epochs after which an unsettled loss is a rollback."""
     settle_sigmas: float = Field(default=3.0, gt=0)
     """Settled = back within this many deviations of the loss before the graft."""
+    smallest_shrink: float = Field(default=0.5, gt=0, le=1)
+    """When host and kernel begin to learn together their weights are scaled down, to this at most: a network that is sure of itself
+    learns little that is new. 1 = never."""
+    shrink_rise: float = Field(default=0.05, ge=0)
+    """Share by which the held-back loss may rise at that moment; what would cost more is not shrunk as far, or not at all."""
     fine_tune_epochs: int = Field(default=3, ge=1)
     """Epochs that kernel and host learn together before the last judgement."""
     rent: float = Field(default=0.01, ge=0)

@@ -161,7 +161,10 @@ def stabilization(seed: Seed, _slot: Slot, now: Boundary) -> SeedEvent | None:
 
 
 def evaluating(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent:
-    """Same held-back batches with and without the kernel: keep going only on a surely positive difference."""
+    """Same held-back batches with and without the kernel: keep going only on a surely positive difference.
+
+    What goes on learns with the host from here, both softened where that costs next to nothing.
+    """
     found, measured = _judge(seed, slot, now)
     if found.lower <= 0:
         return seed.advance(
@@ -172,6 +175,9 @@ def evaluating(seed: Seed, slot: Slot, now: Boundary) -> SeedEvent:
     if seed.parameters == 0:
         return _fossilize(seed, slot, now, found, facts, measured)
     reason = f"contributes {_interval(found)}"
+    if now.alone(seed):
+        measured["shrunk"] = now.plot.shrink()
+        reason += f"; weights shrunk to {measured['shrunk']:.0%}" if measured["shrunk"] < 1 else ""
     return seed.advance(State.FINE_TUNING, now.epoch, reason, facts=facts, measurements=measured, alpha=1.0)
 
 

@@ -46,7 +46,7 @@ class Arm:
 
 
 def _ungrown(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row:
-    return plain(task, setup, arm, seed, model=setup.model())
+    return plain(task, setup, arm, seed, model=setup.made())
 
 
 def _esper(task: Task, setup: Setup, arm: str, seed: int, _: Peers, changes: Mapping[str, object] | None = None) -> Row:
@@ -99,7 +99,7 @@ def _adapter(task: Task, setup: Setup, arm: str, seed: int, _peers: Peers) -> Ro
     """A residual adapter on the planted layer's own output, from the start: what growing in place would give at best."""
     if not setup.planted:
         return None
-    model = setup.model()
+    model = setup.made()
     path = setup.planted[0].partition(":")[0]
     layer = model.get_submodule(path)
     if not isinstance(layer, nn.Linear):

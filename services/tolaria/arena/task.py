@@ -21,12 +21,21 @@ class Setup:
         data: its parts.
         planted: slots where the network was made too small on purpose; empty when nowhere, None when nobody knows.
         spans: slots as pairs of module paths; every span found when None.
+        flaw: what is done to a freshly initialised network to spoil it; rivals that begin with other widths have it too.
     """
 
     model: Callable[[], nn.Module]
     data: Data
     planted: tuple[str, ...] | None = None
     spans: tuple[tuple[str, str], ...] | None = None
+    flaw: Callable[[nn.Module], None] | None = None
+
+    def made(self) -> nn.Module:
+        """The network as training gets it."""
+        network = self.model()
+        if self.flaw is not None:
+            self.flaw(network)
+        return network
 
 
 @dataclass(frozen=True)

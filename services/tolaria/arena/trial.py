@@ -235,7 +235,7 @@ class _Story:
 def wrapped(setup: Setup) -> Host:
     """The setup's network with its slots."""
     example, _ = setup.data.train.take(torch.arange(2))
-    return wrap(setup.model(), example, setup.spans)
+    return wrap(setup.made(), example, setup.spans)
 
 
 def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn.Module:
@@ -247,6 +247,8 @@ def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
+    if setup.flaw is not None:
+        setup.flaw(host.model)
     return host.model
 
 

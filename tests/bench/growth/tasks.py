@@ -95,18 +95,17 @@ def decoy(seed: int) -> Setup:
 
 
 def dead(seed: int) -> Setup:
-    """Nominally wide, but all units of one layer except two can never fire."""
+    """Nominally wide, but all units of one layer except two can never fire; nor can they in rivals that begin wider."""
     position = seed % 3
 
-    def model() -> nn.Sequential:
-        network = _mlp(20, (32, 32, 32), 6, seed)
+    def deaden(network: nn.Module) -> None:
         layer = network.get_submodule(f"fc{position + 1}")
         assert isinstance(layer, nn.Linear)
         with torch.no_grad():
-            layer.bias[2:] = -50.0
-        return network
+            layer.bias[2:32] = -50.0
 
-    return Setup(model, teacher_data(seed, (16, 16, 16)), (_slot(position, 3),))
+    data = teacher_data(seed, (16, 16, 16))
+    return Setup(lambda: _mlp(20, (32, 32, 32), 6, seed), data, (_slot(position, 3),), flaw=deaden)
 
 
 def spirals_data(seed: int) -> Data:

@@ -92,6 +92,16 @@ def test_a_fold_beside_another_graft_moves_that_ones_way_back() -> None:
     assert held(run.optimizer) == owned(run.host)
 
 
+def test_nothing_is_shrunk_beside_another_graft() -> None:
+    run, number = pair()
+    seed = run.seed("0:2")
+    seed.state, seed.since = State.EVALUATING, 0
+    report = run.grower.step(number, 1.0)
+    (event,) = (event for event in report.events if event.slot == "0:2")
+    assert event.target is State.FINE_TUNING
+    assert "shrunk" not in event.measurements
+
+
 def test_two_grafts_are_resumed_with_their_ways_back() -> None:
     run, number = pair()
     again = Run(seed=1, settings=run.grower.settings)

@@ -19,12 +19,14 @@ from esper_core.control.roles import LoadedKernel
 from esper_core.control.stages import ramp
 from esper_core.errors import Untrusted
 from esper_core.lifecycle import State
+from esper_core.nn.probe import mean_loss
 from tests.unit.control.growing import (
     LEARNING,
     QUICK,
     Given,
     Late,
     Run,
+    blended,
     catalogue_source,
     germinate,
     held,
@@ -145,9 +147,55 @@ def test_a_whole_life_in_order_each_change_with_its_measurements() -> None:
     measured = {event.target: set(event.measurements) for event in run.events}
     assert {"reconstruction", "lessons", "probe_gain"} <= measured[State.GRAFTING]
     assert {"train_loss", "band"} <= measured[State.EVALUATING]
-    assert {"contribution", "contribution_lower", "rent"} <= measured[State.FINE_TUNING]
+    assert {"contribution", "contribution_lower", "rent", "shrunk"} <= measured[State.FINE_TUNING]
     assert {"contribution", "contribution_lower", "rent", "folded_max_abs_diff"} <= measured[State.FOSSILIZED]
     assert all(event.reason for event in run.events)
+
+
+def hardened(**changes: Any) -> tuple[Run, int]:
+    """A run at the boundary where its graft is first judged, its host's weights made far too large."""
+    run, number = blended(State.EVALUATING, settings=settings(**changes))
+    with torch.no_grad():
+        for parameter in run.host.parameters():
+            parameter.mul_(3.0)
+    return run, number
+
+
+def judged(run: Run, number: int) -> tuple[dict[str, torch.Tensor], float, float]:
+    """Weights before the boundary that lets a seed fine-tune, no epoch between; the held-back loss before and after it."""
+    plot = run.grower.plot
+    before = {name: parameter.detach().clone() for name, parameter in run.host.named_parameters()}
+    first = mean_loss(run.host, plot.validation, plot.loss_fn)
+    run.events += run.grower.step(number, first).events
+    return before, first, mean_loss(run.host, plot.validation, plot.loss_fn)
+
+
+def test_a_network_that_is_too_sure_is_softened_when_it_begins_to_learn_with_its_kernel() -> None:
+    run, number = hardened()
+    before, first, then = judged(run, number)
+    event = run.events[-1]
+    assert event.target is State.FINE_TUNING
+    factor = event.measurements["shrunk"]
+    assert factor < 1
+    assert f"{factor:.0%}" in event.reason
+    assert then < first
+    for name, parameter in run.host.named_parameters():
+        assert torch.equal(parameter, before[name] * factor if parameter.dim() > 1 else before[name])
+
+
+def test_it_is_left_alone_where_settings_or_the_user_say_so() -> None:
+    run, number = hardened(smallest_shrink=1.0)
+    before, *_ = judged(run, number)
+    assert run.events[-1].measurements["shrunk"] == 1
+    assert all(torch.equal(parameter, before[name]) for name, parameter in run.host.named_parameters())
+    run, number = hardened()
+    own = run.host.model.get_submodule("0").weight
+    own.requires_grad_(False)  # type: ignore[operator]
+    before, *_ = judged(run, number)
+    assert run.events[-1].measurements["shrunk"] < 1
+    assert [name for name, p in run.host.named_parameters() if p.dim() > 1 and torch.equal(p, before[name])] == [
+        "model.0.weight"
+    ]
 
 
 def test_alpha_follows_the_ordered_style_and_rests_at_one() -> None:
