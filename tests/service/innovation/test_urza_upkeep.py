@@ -156,8 +156,11 @@ async def test_an_overdue_one_is_not_made_right_at_the_start(shelf: Shelf, monke
 async def test_it_can_be_turned_off(shelf: Shelf) -> None:
     async def built(hours: float) -> int:
         endpoints = shelf.endpoints.model_copy(update={"upkeep": UpkeepSection(collect_hours=hours)})
-        unused = cast("Any", None)  # the bus and the channel: nothing is published or dialled while it is built
-        return len((await service.build(Platform(endpoints, shelf.pool, unused, shelf.blobs, unused))).tasks)
+        unused = cast("Any", None)  # nothing is published, dialled or waited for while it is built
+        platform = Platform(
+            endpoints, shelf.pool, unused, shelf.blobs, unused, bell=unused, metrics=unused, draining=unused
+        )
+        return len((await service.build(platform)).tasks)
 
     assert await built(1.0) == await built(0.0) + 1
     assert (await keeper(shelf, 0.0).standing()).due is None
