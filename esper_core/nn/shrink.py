@@ -4,6 +4,9 @@ A network that was too narrow for a while has grown large weights and is sure of
 loss left there is hardly any gradient, and new units stay what they are. Trained on from there it generalises worse than one that
 was as wide from the start. Shrinking the weights closes most of that gap (Ash and Adams, "On Warm-Starting Neural Network
 Training", 2020, who also add noise, which changes the function and is left out here).
+
+How far is the loss's to say, which is judged as the network would be used: a batch normalisation's running statistics are of the
+weights before, so a network with one is hardly shrunk.
 """
 
 from __future__ import annotations
