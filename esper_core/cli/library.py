@@ -39,8 +39,14 @@ async def gc(
     call: Invocation,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")] = False,
     keep_unused: Annotated[
-        int, typer.Option(min=0, max=100_000_000, help="Never used kernels stay while among the newest so many.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            min=0,
+            max=100_000_000,
+            help="Never used kernels stay while among the newest so many.",
+            show_default="as the library by itself",
+        ),
+    ] = None,
 ) -> None:
     """Forget kernels that are rejected, retired, or old and never used; delete bytes that no kernel needs.
 
@@ -140,8 +146,8 @@ async def export(
         "blueprints": len(designs),
         "kernels": len(records),
         "natives": len(parts),
+        "bytes": size,
     }
-    document["bytes"] = size
     call.output.document(document, fields(document.items()))
 
 

@@ -99,18 +99,18 @@ def explained(away: tuple[type[Exception], ...]) -> Layer:
         except grpc.aio.AbortError:
             raise
         except EsperError as error:
-            incident = _incident(call, error) if isinstance(error, Internal) else ""
-            if call.streams_in:
-                await _hear_out(request)
-            await call.context.abort_with_status(to_status(error, incident))
+            status = to_status(error, _incident(call, error) if isinstance(error, Internal) else "")
         except away as error:
             _log.warning("away", method=call.method, error=f"{type(error).__name__}: {error}")
             told = Unavailable("a part of the platform is away", hint="try again; `esperctl status` shows which")
-            await call.context.abort_with_status(to_status(told))
+            status = to_status(told)
         except Exception as error:  # noqa: BLE001 - the boundary: its text must not reach the caller, nor the server die
             incident = _incident(call, error)
             unknown = Internal("an internal error", hint=f"the log explains incident {incident}")
-            await call.context.abort_with_status(to_status(unknown, incident))
+            status = to_status(unknown, incident)
+        if call.streams_in:
+            await _hear_out(request)
+        return await call.context.abort_with_status(status)
 
     return layer
 

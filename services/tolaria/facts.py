@@ -69,16 +69,12 @@ class Facts:
         What is there is read from the spool, not counted: registrations and ends of other processes of the run may stand
         between an epoch's facts.
         """
-        if (
-            self.spool.forgotten > since
-        ):  # so much was told and delivered since that nothing of the epoch can be missing
+        if self.spool.forgotten > since:  # so much was delivered since that nothing of the epoch can be missing
             return
         epoch = boundary.figures.epoch
         told = {(said.type, said.payload_sha256) for said in self.spool.after(since) if said.epoch == epoch}
-        facts = [
-            (subject, message) for subject, message in of_epoch(self.run_id, boundary) if _name(message) not in told
-        ]
-        self._tell_all(facts, epoch)
+        missing = [fact for fact in of_epoch(self.run_id, boundary) if _name(fact[1]) not in told]
+        self._tell_all(missing, epoch)
 
     def ended(self, state: run_pb2.RunState, results: dict[str, float], reason: str, report: str, epoch: int) -> None:
         """The run is over, for now or for good."""

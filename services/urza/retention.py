@@ -17,8 +17,6 @@ from esper_core.kernel.record import KernelStatus
 from esper_core.store.blobs import Blobs
 from services.urza.copies import DELETED, DOOMED, GONE, Copies, Copy
 
-KEEP_UNUSED = 1000
-"""Kernels that were never used are kept when they are among the newest so many."""
 BATCH = 200
 _FORGETTABLE = "(k.status IN (3, 4) OR (k.interest = '-infinity' AND k.serial <= $1))"
 _LOG = log.get("urza")
@@ -71,8 +69,11 @@ class Retention:
         self._database, self._blobs, self._step = database, blobs, step
         self._copies = Copies(database)
 
-    async def collect(self, keep_unused: int = KEEP_UNUSED) -> AsyncIterator[Progress]:
+    async def collect(self, keep_unused: int) -> AsyncIterator[Progress]:
         """Forget what is to be forgotten, then delete what no kernel needs; yields after every batch.
+
+        Args:
+            keep_unused: kernels that were never used are kept when they are among the newest so many.
 
         Raises:
             Unavailable: the blob store is away; what was done stays done.
@@ -90,7 +91,7 @@ class Retention:
         _LOG.info("urza.collected", forgotten=progress.forgotten, blobs=progress.blobs, bytes=progress.bytes, kept=kept)
         yield replace(progress, kept=kept, done=True)
 
-    async def foresee(self, keep_unused: int = KEEP_UNUSED) -> Progress:
+    async def foresee(self, keep_unused: int) -> Progress:
         """What ``collect`` would do now; changes nothing."""
         newest = await self._newest(keep_unused)
         planned = await self._count(newest)

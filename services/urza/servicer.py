@@ -25,7 +25,7 @@ from services.urza.imports import Imports
 from services.urza.library import Library
 from services.urza.lineage import LIMIT, lineage
 from services.urza.native import Natives, NativeServing
-from services.urza.retention import KEEP_UNUSED, Retention
+from services.urza.retention import Retention
 from services.urza.upkeep import Upkeep
 from services.urza.usage import READER, Field
 from services.urza.verdicts import Verdict, Verdicts
@@ -125,7 +125,7 @@ class UrzaServicer(NativeServing, urza_pb2_grpc.UrzaServiceServicer):
     async def CollectGarbage(
         self, request: urza_pb2.CollectGarbageRequest, _: Context
     ) -> AsyncIterator[urza_pb2.CollectGarbageResponse]:
-        keep = request.keep_unused if request.HasField("keep_unused") else KEEP_UNUSED
+        keep = request.keep_unused if request.HasField("keep_unused") else self._upkeep.keep_unused
         if request.dry_run:
             yield wire.progress(await self._retention.foresee(keep))
             return

@@ -12,6 +12,10 @@ from esper_core.control.settings import GrowthSettings
 from services.tolaria.datasets import Data
 
 
+def _none(_network: nn.Module) -> None:
+    """Nothing is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """One seed of a task.
@@ -28,13 +32,12 @@ class Setup:
     data: Data
     planted: tuple[str, ...] | None = None
     spans: tuple[tuple[str, str], ...] | None = None
-    flaw: Callable[[nn.Module], None] | None = None
+    flaw: Callable[[nn.Module], None] = _none
 
     def made(self) -> nn.Module:
         """The network as training gets it."""
         network = self.model()
-        if self.flaw is not None:
-            self.flaw(network)
+        self.flaw(network)
         return network
 
 

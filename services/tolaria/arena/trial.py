@@ -247,8 +247,7 @@ def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn
         reset = getattr(module, "reset_parameters", None)
         if callable(reset):
             reset()
-    if setup.flaw is not None:
-        setup.flaw(host.model)
+    setup.flaw(host.model)
     return host.model
 
 
