@@ -132,7 +132,7 @@ async def serve(
     )
     for service in served:
         service.register(service.servicer, server)
-    checks = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)  # type: ignore[no-untyped-call]
     enable_server_reflection((*names, health.SERVICE_NAME, REFLECTION), server)  # type: ignore[no-untyped-call]
     bound = _bind(server, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", tls)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 
@@ -27,7 +28,8 @@ from services.karn.design import Design, Specimen
 from services.karn.dice import Dice
 from services.karn.grammar import sprout
 from services.tolaria.result import interval
-from services.urabrask.safety import Unfit, check
+from services.urabrask.finding import Unfit
+from services.urabrask.safety import check
 from tests.bench.bench import Pace, Table
 from tests.bench.figures import Row, mean_row
 from tests.bench.machine import cores
@@ -206,11 +208,10 @@ def _ranked(guessed: Sequence[tuple[float, float, float]]) -> float:
 
 def _ece(guessed: Sequence[tuple[float, float, float]]) -> float:
     """Mean distance between the share of outcomes that central intervals of a normal guess shall hold, and do hold."""
-    from scipy.stats import norm
-
+    normal = NormalDist()
     nominal = np.arange(0.1, 1.0, 0.1)
-    scaled = np.array([abs(mean - came) / half for mean, half, came in guessed]) * norm.ppf(0.95)
-    held = [(scaled <= norm.ppf(0.5 + share / 2)).mean() for share in nominal]
+    scaled = np.array([abs(mean - came) / half for mean, half, came in guessed]) * normal.inv_cdf(0.95)
+    held = [(scaled <= normal.inv_cdf(0.5 + share / 2)).mean() for share in nominal]
     return float(np.abs(np.array(held) - nominal).mean())
 
 

@@ -20,7 +20,7 @@ from esper_core.pb.esper.core.v1 import kernel_pb2
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import to_proto
 from esper_core.store.blobs import Blobs
-from services.tezzeret.worker import CHUNK_BYTES
+from services.tezzeret.upload import CHUNK_BYTES
 from services.tolaria.remote import RemoteKernels
 from tests.bench.bench import Pace, Table
 from tests.bench.figures import Row, Sample, ratio_row

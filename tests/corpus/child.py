@@ -18,7 +18,8 @@ from services.sandbox import Job, serve
 from services.urabrask.bench import Found, from_artifact, works
 from tests.corpus.modules import FAULTS, Adapter
 
-CLASSES = {cls.__name__: cls for cls in (Adapter, *FAULTS)}
+_ALL: tuple[type[nn.Module], ...] = (Adapter, *FAULTS)
+CLASSES = {cls.__name__: cls for cls in _ALL}
 
 
 def fresh(cls: type[Adapter]) -> nn.Module:

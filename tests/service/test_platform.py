@@ -30,7 +30,7 @@ from tests.service.bus.conftest import NatsServer
 from tests.service.platform import Stage, on_free_ports, until, visiting
 from tests.service.tamiyo.test_decisions import packet
 
-Launch = Callable[[Endpoints], Any]
+Launch = Callable[..., Any]
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ async def test_rows_of_the_first_schema_are_taken_along(stack: Endpoints, bucket
             assert [one.record.manifest.kernel_id for one in found] == [fast.kernel_id, slow.kernel_id, bad.kernel_id]
             small, _ = await library.query(replace(query, max_memory_bytes=200, status=2))
             assert [one.record.manifest.kernel_id for one in small] == [slow.kernel_id]
-            *_, done = [progress async for progress in Retention(pool, blobs).collect()]
+            *_, done = [progress async for progress in Retention(pool, blobs).collect(keep_unused=10)]
             assert (done.rejected, done.unused, done.blobs, done.kept) == (1, 0, 0, 2)  # the bytes are shared
             digest = await pool.fetchval("SELECT blob_sha256 FROM urza.kernels WHERE kernel_id = $1", slow.kernel_id)
             assert await blobs.get(digest) == b"two"

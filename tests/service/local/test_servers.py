@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import psutil
@@ -45,7 +46,7 @@ async def test_a_bucket_takes_and_gives_back_blobs(bucket: Endpoints) -> None:
     import aioboto3
     import botocore.exceptions
 
-    def client(secret: str) -> object:
+    def client(secret: str) -> Any:
         return aioboto3.Session().client(
             "s3",
             endpoint_url=bucket.s3_endpoint,

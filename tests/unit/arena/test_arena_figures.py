@@ -22,7 +22,7 @@ def row(arm: str, seed: int, accuracy: float, task: str = "t", **changes: object
 def test_a_mean_has_its_t_interval() -> None:
     values = [1.0, 4.0, 2.0, 8.0]
     found = mean(values)
-    low, high = stats.t.interval(0.95, 3, loc=statistics.fmean(values), scale=stats.sem(values))
+    low, high = stats.t.interval(0.95, 3, loc=statistics.fmean(values), scale=stats.sem(values))  # type: ignore[attr-defined]
     assert (found.lower, found.value + found.half) == pytest.approx((low, high))
     assert found.error == pytest.approx(stats.sem(values))
     assert math.isinf(mean([3.0]).half)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from esper_core.blueprint.interface import SlotInterface
-from esper_core.control.grower import BoundaryReport, Grower
+from esper_core.control.boundary import BoundaryReport
+from esper_core.control.grower import Grower
 from esper_core.control.packet import AdaptationSignal, Command, KernelCandidate, SeedEvent, SystemStatePacket
 from esper_core.control.roles import LoadedKernel
 from esper_core.control.seed import Seed

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from esper_core.control.grower import BoundaryReport
+from esper_core.control.boundary import BoundaryReport
 from esper_core.control.packet import Budget
 from esper_core.control.settings import GrowthSettings, HeuristicSettings
 from esper_core.lifecycle import BLENDED, IN_FLIGHT, TABLE, State

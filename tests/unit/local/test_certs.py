@@ -15,6 +15,7 @@ from esper_core.errors import Corrupt
 from esper_core.kernel.trust import TrustList
 from esper_core.local import certs
 from esper_core.local.layout import Layout
+from esper_core.rpc import policy
 
 PRINCIPALS = {
     *("tolaria", "tamiyo", "kasmina", "urza", "tezzeret", "urabrask"),
@@ -44,7 +45,7 @@ def content(layout: Layout) -> dict[str, bytes]:
 
 
 def test_every_principal_has_a_client_certificate_that_names_it_alone(layout: Layout) -> None:
-    assert set(certs.PRINCIPALS) == PRINCIPALS
+    assert set(policy.PRINCIPALS) == PRINCIPALS
     ca = read(layout, "ca")
     for principal in PRINCIPALS:
         cert = read(layout, principal)

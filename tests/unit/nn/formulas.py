@@ -99,7 +99,7 @@ def sights(model: nn.Sequential, source: int, sink: int, data: Sequence[tuple[Te
             rows = (*rows, descent.permute(0, 2, 3, 1).reshape(-1, descent.shape[1]).numpy())
         else:
             rows = tuple(t.reshape(-1, t.shape[-1]).numpy() for t in (entering, inner, descent))
-        found.append(Sight(*rows, loss=loss.item()))
+        found.append(Sight(*rows, loss=loss.item()))  # type: ignore[call-arg]
     return found
 
 

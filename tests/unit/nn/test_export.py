@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import esper_core as esper
 from esper_core.errors import AlreadyExists, Corrupt, InvalidInput, Unsupported
-from esper_core.nn.export import formats
+from esper_core.nn.export import load
 from esper_core.nn.export.bundle import FORMATS, TOLERANCE
 from esper_core.nn.export.plain import plain
 from esper_core.nn.export.program import program
@@ -124,7 +125,7 @@ def test_a_kernel_without_a_say_is_left_out(silence: str, tmp_path: Path) -> Non
     esper.export(host, inputs, tmp_path / "out", ["safetensors"])
     document = json.loads((tmp_path / "out" / "architecture.json").read_text())
     assert not [name for name in document["tensors"] if "graft" in name]
-    assert torch.equal(formats.load.load(tmp_path / "out")(inputs), outputs(wrapped("mlp", make("mlp")), inputs))
+    assert torch.equal(load.load(tmp_path / "out")(inputs), outputs(wrapped("mlp", make("mlp")), inputs))
 
 
 def test_the_files_run_where_esper_cannot_be_imported(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def test_a_description_holds_structures_shared_weights_and_constants(tmp_path: P
     model = Forked().eval()
     given = (torch.randn(6, 4), torch.randn(6, 4))
     esper.export(model, given, tmp_path / "out", ["safetensors", "torch"])
-    again = formats.load.load(tmp_path / "out")
+    again = load.load(tmp_path / "out")
     found, expected = again(*given), model(*given)
     assert found.keys() == expected.keys()
     assert torch.equal(found["mixed"], expected["mixed"])
@@ -244,8 +245,8 @@ def test_a_file_that_differs_is_an_error_and_leaves_the_old_ones(
     model, inputs, target = make("mlp"), rows("mlp"), tmp_path / "out"
     esper.export(model, inputs, target, ["torch"])
     before = (target / "model.pt2").read_bytes()
-    network = formats.load.Network.forward
-    monkeypatch.setattr(formats.load.Network, "forward", lambda self, *given: network(self, *given) * (1 + 1e-4))
+    network = load.Network.forward
+    monkeypatch.setattr(load.Network, "forward", lambda self, *given: network(self, *given) * (1 + 1e-4))
     with pytest.raises(Corrupt, match="safetensors"):
         esper.export(model, inputs, target)
     assert (target / "model.pt2").read_bytes() == before
@@ -253,9 +254,9 @@ def test_a_file_that_differs_is_an_error_and_leaves_the_old_ones(
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = formats.importlib.util.find_spec
+    found = importlib.util.find_spec
     monkeypatch.setattr(
-        formats.importlib.util, "find_spec", lambda name, *more: None if name == "onnxscript" else found(name, *more)
+        importlib.util, "find_spec", lambda name, *more: None if name == "onnxscript" else found(name, *more)
     )
     with pytest.raises(Unsupported, match="onnxscript") as caught:
         esper.export(make("mlp"), rows("mlp"), tmp_path / "out")

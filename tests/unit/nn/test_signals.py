@@ -103,7 +103,7 @@ def test_many_positions_are_thinned_and_still_tell_the_same() -> None:
     (reading,) = measure(host, host.slots.values(), data, LOSS, LIMITS).values()
     assert 2 * MAX_ROWS < reading.evidence.samples <= 4 * MAX_ROWS < 4 * 16 * 143
     seen = sights(model, 0, 2, data)
-    whole = formulas(*(np.vstack([getattr(s, k) for s in seen]) for k in ("entering", "inner", "descent")), 1.0, 143)  # type: ignore[arg-type]
+    whole = formulas(*(np.vstack([getattr(s, k) for s in seen]) for k in ("entering", "inner", "descent")), 1.0, 143)  # type: ignore[call-arg]
     assert reading.evidence.gain == pytest.approx(whole.gain, rel=0.5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,7 +133,7 @@ def test_nothing_is_told_again_that_was_delivered_and_forgotten(telling: Telling
     spool.close()
 
 
-def same(found: list[object], wanted: list[object]) -> bool:
+def same(found: list[Any], wanted: list[Any]) -> bool:
     """By their bytes, for NaN differs from itself."""
     return [bytes(each.SerializeToString(deterministic=True)) for each in found] == [
         each.SerializeToString(deterministic=True) for each in wanted

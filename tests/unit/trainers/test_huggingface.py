@@ -45,7 +45,7 @@ def _quiet() -> Iterator[None]:
 
 def bert(units: int, dropout: float = 0.0) -> BertForSequenceClassification:
     """One layer of attention and of ``units`` in between, weights such that all of them matter; fewer are the first of more."""
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=8,
         hidden_size=8,
         num_hidden_layers=1,

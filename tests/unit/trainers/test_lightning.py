@@ -245,7 +245,7 @@ def test_batches_of_another_kind_are_split(tmp_path: Path) -> None:
         def training_step(self, batch: Any, index: int) -> Any:
             return super().training_step((batch["x"], batch["y"]), index)
 
-    rows = [{"x": inputs, "y": target} for inputs, target in loader(11).dataset]
+    rows = [{"x": inputs, "y": target} for inputs, target in loader(11).dataset]  # type: ignore[attr-defined]
     growth = growing(split=lambda batch: (batch["x"], batch["y"]), validation=[{"x": x, "y": y} for x, y in loader(12)])
     run = trainer(tmp_path, growth, epochs=1)
     run.fit(Named(), DataLoader(rows, batch_size=64))
