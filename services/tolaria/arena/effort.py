@@ -59,8 +59,11 @@ def counted() -> Iterator[Effort]:
 
 
 def step_flops(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, loss_fn: LossFunction) -> int:
-    """Of one forward and backward pass; gradients are put back as they were."""
+    """Of one forward and backward pass; gradients and buffers, running statistics say, stay as they were."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with undisturbed(), counted() as effort:
         torch.autograd.grad(loss_fn(model(inputs), targets), parameters, allow_unused=True)
+    for buffer, before in buffers:
+        buffer.copy_(before)
     return effort.flops

@@ -1,0 +1,34 @@
+"""Counting operations: right by hand, and without a trace in what is counted."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from services.tolaria.arena.effort import step_flops
+
+
+def test_a_step_s_operations_are_those_of_its_products() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    inputs, targets = torch.randn(11, 5), torch.randint(3, (11,))
+    forward = 2 * 11 * (5 * 7 + 7 * 3)
+    backward = (
+        forward + 2 * 11 * 7 * 3
+    )  # a product per weight, and one for what the first layer gives, not for the inputs
+    assert step_flops(model, inputs, targets, nn.functional.cross_entropy) == forward + backward
+
+
+def test_counting_leaves_the_network_and_chance_as_they_were() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Dropout(), nn.ReLU(), nn.Linear(7, 3))
+    before, chance = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    step_flops(
+        model,
+        torch.randn(11, 5, generator=torch.Generator()),
+        torch.zeros(11, dtype=torch.long),
+        nn.functional.cross_entropy,
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert all(parameter.grad is None for parameter in model.parameters())
