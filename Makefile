@@ -13,7 +13,7 @@ PROTOS := $(shell find protos -name '*.proto') protos/generate.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help setup proto up down status demo demo-invent test check bench bench-exec bench-growth clean
+.PHONY: help setup proto up down status demo demo-invent test check bench bench-exec bench-growth bench-strangers clean
 
 help: ## What can be typed here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
@@ -71,6 +71,9 @@ bench-exec: $(READY) $(STUBS) ## Only what the execution layer costs; on a GPU: 
 
 bench-growth: $(READY) $(STUBS) ## Does growing pay? Every arm on every task, ten paired seeds; goes on where it was broken off
 	@$(BIN)/python -m tests.bench.growth --report tests/bench/GROWTH.md
+
+bench-strangers: $(READY) $(STUBS) ## Does it pay on tasks that growing was not developed on?
+	@$(BIN)/python -m tests.bench.growth --suite strangers --seeds 6 --arms esper,none,static-flops,planted,random --report tests/bench/STRANGERS.md
 
 clean: ## Remove what can be built again
 	rm -rf $(VENV) build dist esper_core/pb

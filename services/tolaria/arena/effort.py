@@ -34,10 +34,10 @@ def _eigenvalues(shape: Any, *_: Any, **__: Any) -> int:
 
 
 _FACTORISATIONS = {
-    _aten.linalg_cholesky_ex.default: _cholesky,
-    _aten.linalg_solve_triangular.default: _triangular,
-    _aten.cholesky_solve.default: _cholesky_solve,
-    _aten._linalg_eigh.default: _eigenvalues,
+    _aten.linalg_cholesky_ex: _cholesky,
+    _aten.linalg_solve_triangular: _triangular,
+    _aten.cholesky_solve: _cholesky_solve,
+    _aten._linalg_eigh: _eigenvalues,
 }
 """Usual operation counts (Golub and Van Loan, Matrix Computations)."""
 

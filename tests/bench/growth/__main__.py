@@ -16,16 +16,18 @@ from services.tolaria.arena.arms import chosen
 from services.tolaria.arena.figures import Table
 from services.tolaria.arena.suite import Ledger, run, shown
 from services.tolaria.edge import answered
+from tests.bench.growth.contest import SUITES, Contest, named
 from tests.bench.growth.goals import judged
-from tests.bench.growth.tasks import TASKS, named
 from tests.bench.machine import machine
 
 OUT = Path("build/bench")
+_TITLES = {"growth": "Does growing pay?", "strangers": "Does growing pay where it was not developed?"}
 
 
 def main() -> int:
     """Run what is missing, then write report and figures."""
     options = argparse.ArgumentParser(prog="python -m tests.bench.growth", description=__doc__)
+    options.add_argument("--suite", choices=SUITES, default="growth", help="growth: developed on; strangers: never")
     options.add_argument("--seeds", type=int, default=10, help="paired seeds of every task (10)")
     options.add_argument("--tasks", help="some tasks only, separated by commas")
     options.add_argument("--arms", help="some arms only, separated by commas")
@@ -39,8 +41,9 @@ def main() -> int:
 
 def _run(asked: argparse.Namespace, console: Console) -> int:
     arms = chosen(asked.arms)
-    names = [task.name for task in TASKS if asked.tasks is None or task.name in asked.tasks.split(",")]
-    path = asked.out / "growth.jsonl"
+    suite = SUITES[asked.suite]
+    names = [task.name for task in suite if asked.tasks is None or task.name in asked.tasks.split(",")]
+    path = asked.out / f"{asked.suite}.jsonl"
     if asked.fresh:
         path.unlink(missing_ok=True)
     ledger, began = Ledger(path), time.monotonic()
@@ -49,15 +52,15 @@ def _run(asked: argparse.Namespace, console: Console) -> int:
         run(tasks, range(asked.seeds), arms, ledger, progress)
     rows = [row for row in ledger.found() if row.task in names and row.seed < asked.seeds and row.arm in arms]
     table, minutes = Table(rows), (time.monotonic() - began) / 60
-    goals = judged(table)
-    about = {task.name: task.about for task in TASKS}
+    goals = judged(Contest(table, suite))
+    about = {task.name: task.about for task in suite}
     opening = (
         f"{len(rows)} trials, {asked.seeds} paired seeds, this time {minutes:.1f} minutes. "
         f"Arms of a task and seed share data, initial weights and batches. " + " · ".join(machine().values())
     )
     cells = [["goal", "figure", "value", "target", "met"], *(_goal_line(name, goal) for name, goal in goals.items())]
-    written = report.Report("Does growing pay?", opening, table, about, cells, goals)
-    page = written.write(asked.out, "growth")
+    written = report.Report(_TITLES[asked.suite], opening, table, about, cells, goals)
+    page = written.write(asked.out, asked.suite)
     if asked.report:
         write_atomic(asked.report, (written.markdown() + _reading(asked.report)).encode())
     for line_cells in cells[1:]:

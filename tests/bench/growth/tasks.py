@@ -41,12 +41,13 @@ def _mlp(inputs: int, widths: tuple[int, ...], outputs: int, seed: int) -> nn.Se
     return mlp((inputs,), widths, outputs, "relu")
 
 
-def _slot(position: int, layers: int) -> str:
+def slot_at(position: int, layers: int) -> str:
     """Slot around hidden layer ``position`` (from 0) of an MLP with ``layers`` hidden layers."""
     return f"fc{position + 1}:{'head' if position + 1 == layers else f'fc{position + 2}'}"
 
 
-def _narrowed(width: int, narrow: int, position: int, layers: int = 3) -> tuple[int, ...]:
+def narrowed(width: int, narrow: int, position: int, layers: int = 3) -> tuple[int, ...]:
+    """Hidden widths, all alike but the one at ``position``."""
     return tuple(narrow if layer == position else width for layer in range(layers))
 
 
@@ -67,9 +68,9 @@ def teacher_data(seed: int, widths: tuple[int, ...], *, features: int = 20, clas
 def teacher(seed: int, narrow: int = 2) -> Setup:
     """A narrow layer in a student of a wide teacher."""
     position = seed % 3
-    widths = _narrowed(32, narrow, position)
+    widths = narrowed(32, narrow, position)
     data = teacher_data(seed, (16, 16, 16))
-    return Setup(lambda: _mlp(20, widths, 6, seed), data, (_slot(position, 3),))
+    return Setup(lambda: _mlp(20, widths, 6, seed), data, (slot_at(position, 3),))
 
 
 def teacher_wide(seed: int) -> Setup:
@@ -82,7 +83,7 @@ def rightly_narrow(seed: int) -> Setup:
     position = seed % 2
     widths = tuple(2 if layer == position else 16 for layer in range(3))
     data = teacher_data(seed, widths)
-    return Setup(lambda: _mlp(20, _narrowed(32, 2, position), 6, seed), data, ())
+    return Setup(lambda: _mlp(20, narrowed(32, 2, position), 6, seed), data, ())
 
 
 def decoy(seed: int) -> Setup:
@@ -91,7 +92,7 @@ def decoy(seed: int) -> Setup:
     teacher_widths = tuple(2 if layer == wrong else 16 for layer in range(3))
     widths = tuple(2 if layer == wrong else 3 if layer == right else 32 for layer in range(3))
     data = teacher_data(seed, teacher_widths)
-    return Setup(lambda: _mlp(20, widths, 6, seed), data, (_slot(right, 3),))
+    return Setup(lambda: _mlp(20, widths, 6, seed), data, (slot_at(right, 3),))
 
 
 def dead(seed: int) -> Setup:
@@ -105,7 +106,7 @@ def dead(seed: int) -> Setup:
             layer.bias[2:32] = -50.0
 
     data = teacher_data(seed, (16, 16, 16))
-    return Setup(lambda: _mlp(20, (32, 32, 32), 6, seed), data, (_slot(position, 3),), flaw=deaden)
+    return Setup(lambda: _mlp(20, (32, 32, 32), 6, seed), data, (slot_at(position, 3),), flaw=deaden)
 
 
 def spirals_data(seed: int) -> Data:
@@ -122,8 +123,8 @@ def spirals_data(seed: int) -> Data:
 def spirals(seed: int, narrow: int = 2) -> Setup:
     """A narrow second or third layer; the first reads two features only."""
     position = 1 + seed % 2
-    widths = _narrowed(32, narrow, position)
-    return Setup(lambda: _mlp(2, widths, 2, seed), spirals_data(seed), (_slot(position, 3),))
+    widths = narrowed(32, narrow, position)
+    return Setup(lambda: _mlp(2, widths, 2, seed), spirals_data(seed), (slot_at(position, 3),))
 
 
 def spirals_wide(seed: int) -> Setup:
@@ -149,8 +150,8 @@ def digits_data(seed: int, noise: float = 0.0, *, image: bool = False) -> Data:
 def digits(seed: int, narrow: int = 2) -> Setup:
     """A narrow layer among three."""
     position = seed % 3
-    widths = _narrowed(64, narrow, position)
-    return Setup(lambda: _mlp(64, widths, 10, seed), digits_data(seed), (_slot(position, 3),))
+    widths = narrowed(64, narrow, position)
+    return Setup(lambda: _mlp(64, widths, 10, seed), digits_data(seed), (slot_at(position, 3),))
 
 
 def digits_wide(seed: int) -> Setup:
@@ -180,9 +181,9 @@ def sums(seed: int, narrow: int = 3) -> Setup:
     pairs = torch.randint(modulus, (TRAIN + HELD + 2048, 2), generator=source)
     inputs = torch.cat([nn.functional.one_hot(pairs[:, side], modulus) for side in (0, 1)], 1).float()
     inputs = inputs + 0.1 * torch.randn(inputs.shape, generator=source)
-    widths = _narrowed(64, narrow, position, 2)
+    widths = narrowed(64, narrow, position, 2)
     data = data_of(inputs, pairs.sum(1) % modulus, seed, "sums", train=TRAIN, held=HELD)
-    return Setup(lambda: _mlp(2 * modulus, widths, modulus, seed), data, (_slot(position, 2),))
+    return Setup(lambda: _mlp(2 * modulus, widths, modulus, seed), data, (slot_at(position, 2),))
 
 
 def breast_cancer(seed: int) -> Setup:
@@ -230,11 +231,6 @@ TASKS: tuple[Task, ...] = (
         "under-trained", teacher_wide, "healthy", adam(3e-4), about="A wide student at a tenth of the learning rate."
     ),
     _task("rightly-narrow", rightly_narrow, "rightly narrow", adam(3e-3)),
-    _task("even", even, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 8),
-    _task("uneven", uneven, "rounds", adam(3e-3), epochs=120, budget=ROUNDS // 2),
+    _task("even", even, "even", adam(3e-3), epochs=120, budget=ROUNDS // 8),
+    _task("uneven", uneven, "uneven", adam(3e-3), epochs=120, budget=ROUNDS // 2),
 )
-
-
-def named(name: str) -> Task:
-    """The development task of that name."""
-    return next(task for task in TASKS if task.name == name)

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from services.tolaria.arena.effort import step_flops
+from services.tolaria.arena.effort import counted, step_flops
 
 
 def test_a_step_s_operations_are_those_of_its_products() -> None:
@@ -32,3 +32,19 @@ def test_counting_leaves_the_network_and_chance_as_they_were() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), chance)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_factorisations_count() -> None:
+    moment = torch.eye(6, dtype=torch.float64)
+    with counted() as effort:
+        factor, _ = torch.linalg.cholesky_ex(moment)
+    assert effort.flops == 6**3 // 3
+    with counted() as effort:
+        torch.linalg.solve_triangular(factor, torch.ones(6, 2, dtype=torch.float64), upper=False)
+    assert effort.flops == 6 * 6 * 2
+    with counted() as effort:
+        torch.cholesky_solve(torch.ones(6, 2, dtype=torch.float64), factor)
+    assert effort.flops == 2 * 6 * 6 * 2
+    with counted() as effort:
+        torch.linalg.eigvalsh(moment)
+    assert effort.flops == 4 * 6**3 // 3
