@@ -14,7 +14,7 @@ from esper_core.control.roles import Controller
 from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput, nearest
 from esper_core.nn.host import Host
-from services.tolaria.arena import rivals
+from services.tolaria.arena import gromo, rivals
 from services.tolaria.arena.task import Setup, Task
 from services.tolaria.arena.trial import (
     Row,
@@ -110,6 +110,10 @@ def _adapter(task: Task, setup: Setup, arm: str, seed: int, _peers: Peers) -> Ro
     return plain(task, setup, arm, seed, model=model)
 
 
+def _gromo(task: Task, setup: Setup, arm: str, seed: int, _: Peers) -> Row | None:
+    return gromo.grown(task, setup, arm, seed)
+
+
 class Adapter(nn.Module):
     """z + B·relu(A·z), B zero at first; (batch, width) → the same."""
 
@@ -151,11 +155,12 @@ ARMS: Mapping[str, Arm] = {
     ),
     "silent": Arm("esper, kernels taught nothing", _taught(training_steps=1, training_learning_rate=1e-12)),
     "adapter": Arm("a residual adapter on the narrow layer's own output", _adapter),
+    "gromo": Arm("one graft where, and with the weights that, TINY in its authors' package gromo says", _gromo),
 }
 
 
-EXTRA = frozenset({"senn", "narrowest", "rank", "reconstruction", "straight-through", "silent"})
-"""Arms that run only when they are named: places that others choose too, and other lessons for kernels."""
+EXTRA = frozenset({"senn", "narrowest", "rank", "reconstruction", "straight-through", "silent", "gromo"})
+"""Arms that run only when they are named: places that others choose too, other lessons for kernels, and another's package."""
 
 
 def chosen(names: str | None) -> list[str]:

@@ -100,7 +100,7 @@ def plain(task: Task, setup: Setup, arm: str, seed: int, *, epochs: int | None =
     for epoch in range(epochs or task.epochs):
         train_epoch(task, setup, model, optimizer, seed, epoch, count)
     count.flops = count.steps * training_flops(task, setup, model)
-    return _row(task, setup, arm, seed, model, before, count)
+    return to_row(task, setup, arm, seed, model, before, count)
 
 
 def growing(
@@ -140,7 +140,7 @@ def growing(
         story.boundary(grower, epoch, loss, setup)
     scoring = story.measurements * _scoring_flops(grower) if story.measurements else 0
     network, report = grower.finish()
-    return _row(
+    return to_row(
         task,
         setup,
         arm,
@@ -168,9 +168,10 @@ def probe(task: Task, setup: Setup) -> list[Batch]:
     return setup.data.train.in_batches(PROBE_BATCH, task.probe_rows)
 
 
-def _row(
+def to_row(
     task: Task, setup: Setup, arm: str, seed: int, network: nn.Module, before: int, count: Counter, **growth: Any
 ) -> Row:
+    """The row of a network that is done with training; ``growth`` are the row's fields that tell of growing."""
     found = score(network, setup.data, setup.data.test)
     return Row(
         task=task.name,
