@@ -116,6 +116,7 @@ async def test_a_registered_run_gets_validated_kernels(innovation: Innovation) -
     assert await builds_of(innovation, other) == []
 
 
+@pytest.mark.timeout(500)  # a dozen designs, each built and measured
 @pytest.mark.parametrize(
     "slot",
     [
@@ -140,7 +141,7 @@ async def test_every_catalogue_design_that_fits_is_validated(innovation: Innovat
         counts = [len(await kernels_of(innovation, slot, status)) for status in (KernelStatus(2), KernelStatus(3))]
         return sum(counts) == len(wanted)
 
-    await until(settled)
+    await until(settled, 400)
     assert await kernels_of(innovation, slot, KernelStatus.REJECTED) == []
 
 
