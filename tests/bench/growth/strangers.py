@@ -1,6 +1,6 @@
 """Tasks that growing was not developed on: other activations, optimisers, schedules, depths, norms, losses and sizes.
 
-Drawn up once, run once with the defaults as they were, and never used to choose them: what is claimed of growing should hold here.
+Drawn up in one sitting and run with the defaults as they were; no default was chosen by them: what is claimed of growing should hold here.
 """
 
 from __future__ import annotations
