@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,14 +47,19 @@ def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(inputs) if isinstance(inputs, Tensor) else inputs
 
 
-@torch.no_grad()
 def mean_loss(host: Host, batches: Iterable[Batch], loss_fn: LossFunction) -> float:
     """Mean loss over the samples of one batch or more, in evaluation mode."""
-    total, count = 0.0, 0
     with host.evaluating():
-        for inputs, targets in batches:
-            total += float(loss_fn(run(host, inputs), targets)) * len(targets)
-            count += len(targets)
+        return mean_loss_of(partial(run, host), batches, loss_fn)
+
+
+@torch.no_grad()
+def mean_loss_of(outputs: Callable[[Any], Any], batches: Iterable[Batch], loss_fn: LossFunction) -> float:
+    """Mean loss over the samples of one batch or more, of whatever gives ``outputs`` for inputs."""
+    total, count = 0.0, 0
+    for inputs, targets in batches:
+        total += float(loss_fn(outputs(inputs), targets)) * len(targets)
+        count += len(targets)
     return total / count
 
 

@@ -12,13 +12,12 @@ from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import cast
 
-import torch
 from gromo.containers.sequential_growing_container import SequentialGrowingModel
 from gromo.modules.linear_growing_module import LinearGrowingModule
 from gromo.utils.utils import line_search
 from torch import Tensor, nn
 
-from esper_core.nn.probe import Batch, LossFunction
+from esper_core.nn.probe import Batch, LossFunction, mean_loss_of
 from services.tolaria.arena.links import Link
 
 _SINGULAR = "Using the pseudo-inverse for the computation of the optimal delta"
@@ -124,15 +123,11 @@ class Chain(SequentialGrowingModel):
         source, sink = self.slots[slot]
         return source.in_features + int(source.use_bias) + sink.out_features
 
-    @torch.no_grad()
     def _loss_at(self, factor: float, probe: Sequence[Batch], loss_fn: LossFunction) -> float:
         """Mean loss on the probe with the new units at that scale; infinite rather than not a number."""
         self.set_scaling_factor(float(factor))
-        total, count = 0.0, 0
-        for inputs, targets in probe:
-            total += float(loss_fn(self.extended_forward(inputs), targets)) * len(targets)
-            count += len(targets)
-        return total / count if math.isfinite(total) else math.inf
+        loss = mean_loss_of(self.extended_forward, probe, loss_fn)
+        return loss if math.isfinite(loss) else math.inf
 
 
 def _growing(link: Link, before: LinearGrowingModule | None) -> LinearGrowingModule:

@@ -17,7 +17,7 @@ from services.tolaria.arena.effort import counted
 from services.tolaria.arena.links import links
 from services.tolaria.arena.rivals import WIDTH
 from services.tolaria.arena.task import Setup, Task
-from services.tolaria.arena.trial import Counter, Row, probe, to_row, train_epoch, training_flops, wrapped
+from services.tolaria.arena.trial import Counter, Row, probe, to_row, train, wrapped
 from services.tolaria.trainer import score
 
 if TYPE_CHECKING:
@@ -43,9 +43,9 @@ def grown(task: Task, setup: Setup, arm: str, seed: int) -> Row | None:
     optimizer = task.optimizer(list(chain.parameters()))
     before, count = chain.number_of_parameters(), Counter()
     first = max(task.settings.warmup_epochs, 1)
-    _train(task, setup, chain, optimizer, seed, range(min(first, task.epochs)), count)
+    train(task, setup, chain, optimizer, seed, range(min(first, task.epochs)), count)
     growth = _grow(task, setup, chain) if first <= task.epochs else {}
-    _train(task, setup, chain, _renewed(task, chain, optimizer), seed, range(first, task.epochs), count)
+    train(task, setup, chain, _renewed(task, chain, optimizer), seed, range(first, task.epochs), count)
     added = chain.number_of_parameters() - before
     return to_row(task, setup, arm, seed, chain, before, count, added=added, shapes=chain.shapes, **growth)
 
@@ -67,16 +67,6 @@ def chained(setup: Setup) -> Chain | None:
     entry = next(network.children())
     chain = Chain(entry if isinstance(entry, nn.Flatten) else nn.Identity(), found, wrapped(setup).slots)
     return chain if chain.slots else None
-
-
-def _train(
-    task: Task, setup: Setup, chain: Chain, optimizer: torch.optim.Optimizer, seed: int, epochs: range, count: Counter
-) -> None:
-    """Those epochs, at the shape that the chain has now."""
-    steps = count.steps
-    for epoch in epochs:
-        train_epoch(task, setup, chain, optimizer, seed, epoch, count)
-    count.flops += (count.steps - steps) * training_flops(task, setup, chain)
 
 
 def _grow(task: Task, setup: Setup, chain: Chain) -> dict[str, Any]:

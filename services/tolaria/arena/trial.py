@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,15 +91,29 @@ def train_epoch(
     return loss
 
 
+def train(
+    task: Task,
+    setup: Setup,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    epochs: Iterable[int],
+    count: Counter,
+) -> None:
+    """Those epochs, at the shape that the model has now."""
+    steps = count.steps
+    for epoch in epochs:
+        train_epoch(task, setup, model, optimizer, seed, epoch, count)
+    count.flops += (count.steps - steps) * training_flops(task, setup, model)
+
+
 def plain(task: Task, setup: Setup, arm: str, seed: int, *, epochs: int | None = None, model: nn.Module) -> Row:
     """A network that is only trained."""
     torch.manual_seed(seed)
     optimizer = task.optimizer(list(model.parameters()))
     before = sum(parameter.numel() for parameter in model.parameters())
     count = Counter()
-    for epoch in range(epochs or task.epochs):
-        train_epoch(task, setup, model, optimizer, seed, epoch, count)
-    count.flops = count.steps * training_flops(task, setup, model)
+    train(task, setup, model, optimizer, seed, range(epochs or task.epochs), count)
     return to_row(task, setup, arm, seed, model, before, count)
 
 

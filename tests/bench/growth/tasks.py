@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,28 @@ def adam(rate: float, decay: float = 0.0) -> Callable[[list[nn.Parameter]], torc
     return partial(torch.optim.AdamW, lr=rate, weight_decay=decay, fused=True)
 
 
+def as_it_is(inputs: Tensor, targets: Tensor) -> Part:
+    """A part whose inputs are not standardised any more."""
+    return Part(inputs, targets, torch.zeros(()), torch.ones(()))
+
+
+def relabelled(data: Data, share: float, source: torch.Generator) -> Data:
+    """The same, but for a share of the training and validation labels, which are drawn anew."""
+
+    def noisy(part: Part) -> Part:
+        drawn = torch.randint(data.outputs, part.targets.shape, generator=source)
+        hit = torch.rand(part.targets.shape, generator=source) < share
+        return replace(part, targets=torch.where(hit, drawn, part.targets))
+
+    return replace(data, train=noisy(data.train), validation=noisy(data.validation))
+
+
 def data_of(inputs: Tensor, targets: Tensor, seed: int, name: str, *, train: int, held: int) -> Data:
     """Split by the seed and standardised by the training part."""
     order = torch.randperm(len(inputs), generator=generator(seed, name, "split"))
     parts = order[:train], order[train : train + held], order[train + held :]
     mean, scale = inputs[parts[0]].mean(0), inputs[parts[0]].std(0).clamp_min(1e-6)
-    made = [Part((inputs[rows] - mean) / scale, targets[rows], torch.zeros(()), torch.ones(())) for rows in parts]
+    made = [as_it_is((inputs[rows] - mean) / scale, targets[rows]) for rows in parts]
     return Data(name, made[0], made[1], made[2], int(targets.max()) + 1)
 
 
@@ -137,14 +154,7 @@ def digits_data(seed: int, noise: float = 0.0, *, image: bool = False) -> Data:
     data = prepare(DatasetConfig(name="digits"), seed, image=image)
     if not noise:
         return data
-    source = generator(seed, "growth", "noise")
-
-    def noisy(part: Part) -> Part:
-        drawn = torch.randint(10, part.targets.shape, generator=source)
-        hit = torch.rand(part.targets.shape, generator=source) < noise
-        return Part(part.inputs, torch.where(hit, drawn, part.targets), part.mean, part.scale)
-
-    return Data("digits", noisy(data.train), noisy(data.validation), data.test, data.outputs)
+    return relabelled(data, noise, generator(seed, "growth", "noise"))
 
 
 def digits(seed: int, narrow: int = 2) -> Setup:
@@ -208,29 +218,36 @@ ROUNDS = 64 * (32 + 1 + 32)
 """Budget of the tasks with many rounds: 64 units between layers of 32."""
 
 
-def _task(
-    name: str, make: Callable[[int], Setup], group: str, optimizer: Callable[..., torch.optim.Optimizer], **more: Any
+USUAL = adam(3e-3)
+"""The optimiser where none is named."""
+
+
+def task(
+    name: str,
+    make: Callable[[int], Setup],
+    group: str,
+    optimizer: Callable[..., torch.optim.Optimizer] = USUAL,
+    **more: Any,
 ) -> Task:
+    """What ``make`` sets up, told about by its docstring unless ``about`` is given; ``more`` are the task's other fields."""
     return Task(name, more.pop("about", make.__doc__ or ""), make, group, optimizer, **more)
 
 
 TASKS: tuple[Task, ...] = (
-    _task("teacher", teacher, "narrow", adam(3e-3)),
-    _task("digits", digits, "narrow", adam(2e-3)),
-    _task("spirals", spirals, "narrow", adam(3e-3), epochs=60),
-    _task("dead", dead, "narrow", adam(3e-3)),
-    _task("sums", sums, "narrow", adam(5e-3), epochs=100),
-    _task("digits-conv", digits_conv, "narrow", adam(3e-3), epochs=40),
-    _task("decoy", decoy, "decoy", adam(3e-3)),
-    _task("teacher-wide", teacher_wide, "healthy", adam(3e-3)),
-    _task("digits-wide", digits_wide, "healthy", adam(2e-3)),
-    _task("spirals-wide", spirals_wide, "healthy", adam(3e-3), epochs=60),
-    _task("breast-cancer", breast_cancer, "healthy", adam(1e-3)),
-    _task("digits-noisy", digits_noisy, "healthy", adam(2e-3)),
-    _task(
-        "under-trained", teacher_wide, "healthy", adam(3e-4), about="A wide student at a tenth of the learning rate."
-    ),
-    _task("rightly-narrow", rightly_narrow, "rightly narrow", adam(3e-3)),
-    _task("even", even, "even", adam(3e-3), epochs=120, budget=ROUNDS // 8),
-    _task("uneven", uneven, "uneven", adam(3e-3), epochs=120, budget=ROUNDS // 2),
+    task("teacher", teacher, "narrow", adam(3e-3)),
+    task("digits", digits, "narrow", adam(2e-3)),
+    task("spirals", spirals, "narrow", adam(3e-3), epochs=60),
+    task("dead", dead, "narrow", adam(3e-3)),
+    task("sums", sums, "narrow", adam(5e-3), epochs=100),
+    task("digits-conv", digits_conv, "narrow", adam(3e-3), epochs=40),
+    task("decoy", decoy, "decoy", adam(3e-3)),
+    task("teacher-wide", teacher_wide, "healthy", adam(3e-3)),
+    task("digits-wide", digits_wide, "healthy", adam(2e-3)),
+    task("spirals-wide", spirals_wide, "healthy", adam(3e-3), epochs=60),
+    task("breast-cancer", breast_cancer, "healthy", adam(1e-3)),
+    task("digits-noisy", digits_noisy, "healthy", adam(2e-3)),
+    task("under-trained", teacher_wide, "healthy", adam(3e-4), about="A wide student at a tenth of the learning rate."),
+    task("rightly-narrow", rightly_narrow, "rightly narrow", adam(3e-3)),
+    task("even", even, "even", adam(3e-3), epochs=120, budget=ROUNDS // 8),
+    task("uneven", uneven, "uneven", adam(3e-3), epochs=120, budget=ROUNDS // 2),
 )

@@ -154,8 +154,9 @@ async def test_a_rejected_kernel_is_no_parent_and_never_tried_again(karn: Any, i
         for each in said
         if not each.parent_ids and each.blueprint.name == "bottleneck_mlp"
     ]
-    assert 16 not in widths, "the rejected one"
-    assert {4, 8, 32} <= set(widths), "the catalogue's other widths; what did well at another slot may come with them"
+    # Other widths may come with them, of designs that did well at another slot.
+    catalogued = [width for width in widths if width in (4, 8, 16, 32)]
+    assert sorted(catalogued) == [4, 8, 32], "of the catalogue's widths all but the rejected one"
 
 
 async def test_what_runs_report_moves_a_design_s_worth(karn: Any, innovation: Innovation) -> None:

@@ -14,9 +14,8 @@ def test_a_step_s_operations_are_those_of_its_products() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
     inputs, targets = torch.randn(11, 5), torch.randint(3, (11,))
     forward = 2 * 11 * (5 * 7 + 7 * 3)
-    backward = (
-        forward + 2 * 11 * 7 * 3
-    )  # a product per weight, and one for what the first layer gives, not for the inputs
+    # A product per weight, and one for what the first layer gives; none for the inputs.
+    backward = forward + 2 * 11 * 7 * 3
     assert step_flops(model, inputs, targets, nn.functional.cross_entropy) == forward + backward
 
 
