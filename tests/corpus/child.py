@@ -6,7 +6,6 @@ name of a class in ``tests.corpus.modules`` stands for that class. It dies of wh
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from esper_core.kernel.manifest import KernelManifest
 from esper_core.nn.lessons import Mark
 from services.sandbox import Job, serve
-from services.urabrask.bench import Found, from_artifact, works
+from services.urabrask.bench import Found, from_artifact, settle, works
 from tests.corpus.modules import FAULTS, Adapter
 
 _ALL: tuple[type[nn.Module], ...] = (Adapter, *FAULTS)
@@ -40,6 +39,5 @@ def teach(_: Callable[[], nn.Module]) -> list[Mark]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
+    settle()
     serve(works(find, teach))

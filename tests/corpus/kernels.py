@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 
 LIMITS = Limits(wall_seconds=100.0, cpu_seconds=20.0, memory_bytes=320 << 20)
 """For adversaries: a bomb must not take the machine. The one that is in ``bad`` needs a little more than this."""
-IMPATIENT = dataclasses.replace(LIMITS, cpu_seconds=2.0)
+IMPATIENT = dataclasses.replace(LIMITS, cpu_seconds=3.0)
 """For those that never answer. Processor time is what an honest kernel has enough of on a busy machine too."""
 STUBBORN = frozenset({RejectionReason.TIMEOUT, RejectionReason.MEMORY, RejectionReason.FAILS})
 """What is said of kernels that take their child process with them."""
