@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-NAMES = ("relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "identity")
-"""``gelu`` is the exact form, ``gelu_tanh`` its approximation, ``leaky_relu`` has slope 0.01."""
+NAMES = (
+    "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "selu", "softplus", "relu6", "hardswish",
+    "mish", "identity",
+)  # fmt: skip
+"""As torch has them, with their usual constants; ``gelu`` is the exact form, ``gelu_tanh`` its approximation."""
 
 LEAKY_SLOPE = 0.01
 
@@ -15,8 +18,10 @@ MIRROR: Mapping[str, float] = {
     "gelu_tanh": 1.0,
     "silu": 1.0,
     "leaky_relu": 1.0 + LEAKY_SLOPE,
+    "softplus": 1.0,
+    "hardswish": 1.0,
 }
 """c where s(x) - s(-x) = c·x for every x: two mirrored units carry a linear map through the activation exactly."""
 
-OPEN_AT_ZERO = frozenset({"gelu", "gelu_tanh", "silu", "tanh", "identity"})
+OPEN_AT_ZERO = frozenset({"gelu", "gelu_tanh", "silu", "tanh", "elu", "selu", "hardswish", "mish", "identity"})
 """s(0) = 0 with a slope of a half or more there: a zero passes unchanged and a gradient still comes back."""

@@ -28,6 +28,12 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "leaky_relu": lambda x: F.leaky_relu(x, activations.LEAKY_SLOPE),
+    "elu": F.elu,
+    "selu": F.selu,
+    "softplus": F.softplus,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "mish": F.mish,
     "identity": lambda x: x,
 }
 """Each name of :mod:`esper_core.blueprint.activation` as a function of a tensor."""

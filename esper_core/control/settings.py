@@ -99,7 +99,8 @@ class GrowthSettings(Settings):
     fine_tune_epochs: int = Field(default=3, ge=1)
     """Epochs that kernel and host learn together before the last judgement."""
     rent: float = Field(default=0.01, ge=0)
-    """Share of the loss that doubling the host's parameters must bring; less growth pays proportionally less."""
+    """Share of the loss that doubling the host must bring, in parameters or in operations, whichever grows more; less growth pays
+    proportionally less."""
     min_contribution: float = Field(default=0.0, ge=0)
     """Loss units that a graft must bring above its rent."""
     kernel_faults: int = Field(default=0, ge=0)

@@ -19,6 +19,7 @@ from esper_core.lifecycle import State
 from esper_core.nn.counterfactual import Contribution, contribution
 from esper_core.nn.host import Slot
 from esper_core.nn.isolated import Lesson, amplify, prepare, scale_output, teach
+from esper_core.nn.operations import slowdown
 from esper_core.nn.rehearsal import rehearse
 
 
@@ -252,7 +253,9 @@ def _judge(seed: Seed, slot: Slot, now: Boundary) -> tuple[Contribution, dict[st
     assert slot.graft is not None  # noqa: S101
     plot = now.plot
     found = contribution(plot.host, slot.graft, plot.validation, plot.loss_fn)
-    rent = plot.settings.rent * seed.parameters / plot.host.parameter_count * max(found.loss, 0.0)
+    larger = seed.parameters / plot.host.parameter_count
+    slower = slowdown(plot.host, slot, plot.validation[0])
+    rent = plot.settings.rent * max(larger, slower) * max(found.loss, 0.0)
     seed.contribution, seed.contribution_lower, seed.rent = (
         value if math.isfinite(value) else None for value in (found.mean, found.lower, rent)
     )

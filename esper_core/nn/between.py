@@ -1,13 +1,16 @@
 """What stands between two layers of a host, as far as a widening kernel could repeat it for units of its own.
 
 That is: at most one batch norm, then at most one elementwise activation, both working unit by unit. Everything else is named as an
-obstacle: what mixes units (LayerNorm, GroupNorm), what draws for every unit (dropout), what has no name here.
+obstacle: what mixes units (LayerNorm, GroupNorm), what has no name here.
+
+Dropout works unit by unit too, and changes nothing of what a network computes once it is trained. A kernel has none, since drawing would
+move the host's random state; its units come under the host's dropout when they are folded.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,24 +20,33 @@ from esper_core.blueprint.interface import BatchNorm
 
 WidenableNorm = nn.BatchNorm1d | nn.BatchNorm2d
 
-_ACTIVATIONS = {
-    "aten.relu.default": "relu",
-    "aten.relu_.default": "relu",
-    "aten.silu.default": "silu",
-    "aten.silu_.default": "silu",
-    "aten.tanh.default": "tanh",
-    "aten.tanh_.default": "tanh",
-    "aten.sigmoid.default": "sigmoid",
-    "aten.sigmoid_.default": "sigmoid",
+_ACTIVATIONS: Mapping[tuple[str, tuple[float, ...]], str] = {
+    ("relu", ()): "relu",
+    ("gelu", ()): "gelu",
+    ("silu", ()): "silu",
+    ("tanh", ()): "tanh",
+    ("sigmoid", ()): "sigmoid",
+    ("leaky_relu", ()): "leaky_relu",
+    ("elu", ()): "elu",
+    ("elu", (1.0,)): "elu",
+    ("selu", ()): "selu",
+    ("softplus", ()): "softplus",
+    ("softplus", (1.0, 20.0)): "softplus",
+    ("relu6", ()): "relu6",
+    ("hardtanh", (0.0, 6.0)): "relu6",
+    ("hardswish", ()): "hardswish",
+    ("mish", ()): "mish",
 }
-_NEUTRAL = {"aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default"}
-_BATCH_NORM = "aten.batch_norm.default"
+"""By operation and its constants; one with others than the usual has no name."""
+_NEUTRAL = {"alias", "contiguous", "clone", "detach"}
+_DROPOUT = {"dropout", "feature_dropout"}
+_BATCH_NORM = "batch_norm"
 _MIXING = {
-    "aten.layer_norm.default": "LayerNorm",
-    "aten.group_norm.default": "GroupNorm",
-    "aten.instance_norm.default": "InstanceNorm",
-    "aten.rms_norm.default": "RMSNorm",
-    "aten.softmax.int": "softmax",
+    "layer_norm": "LayerNorm",
+    "group_norm": "GroupNorm",
+    "instance_norm": "InstanceNorm",
+    "rms_norm": "RMSNorm",
+    "softmax": "softmax",
 }
 
 
@@ -59,7 +71,7 @@ class Norms:
 
     def __init__(self, model: nn.Module, nodes: Sequence[torch.fx.Node]) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        self._calls = Counter(_module_path(node) for node in nodes if str(node.target) == _BATCH_NORM)
+        self._calls = Counter(_module_path(node) for node in nodes if _operation(node) == _BATCH_NORM)
         self._names = Counter(
             id(tensor)
             for module in self.modules.values()
@@ -96,14 +108,20 @@ def between(
         source: the layer before the first of them.
         shape: of what leaves it, (batch, ...).
     """
-    activation, norm, path = "", None, ""
+    activation, norm, path, drops = "", None, "", False
     for node in nodes:
-        name = _activation(node)
-        if _changes_nothing(node):
+        operation, name = _operation(node), _activation(node)
+        if operation in _NEUTRAL:
             continue
-        if name and not activation:
+        if operation in _DROPOUT:
+            drops = drops or bool(node.args[1])
+        elif name and not activation:
             activation = name
-        elif str(node.target) == _BATCH_NORM and not norm and not activation:
+        elif operation == _BATCH_NORM and drops:
+            return Between(
+                obstacle="dropout stands before the norm, whose statistics a kernel's units would see without it"
+            )
+        elif operation == _BATCH_NORM and not norm and not activation:
             found = norms.find(node)
             if isinstance(found, str):
                 return Between(obstacle=found)
@@ -126,31 +144,28 @@ def describe(norm: WidenableNorm) -> BatchNorm:
     )
 
 
+def _operation(node: torch.fx.Node) -> str:
+    """Name of an aten operation without its overload, the same in place or not."""
+    return str(node.target).removeprefix("aten.").partition(".")[0].removesuffix("_")
+
+
 def _activation(node: torch.fx.Node) -> str:
-    target = str(node.target)
-    if target == "aten.gelu.default":
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    if target in ("aten.leaky_relu.default", "aten.leaky_relu_.default"):
-        return "leaky_relu" if len(node.args) == 1 else ""  # the default slope, 0.01
-    return _ACTIVATIONS.get(target, "")
-
-
-def _changes_nothing(node: torch.fx.Node) -> bool:
-    target = str(node.target)
-    return target in _NEUTRAL or bool(target == "aten.dropout.default" and node.args[1] == 0.0)
+    operation = _operation(node)
+    if operation == "gelu" and node.kwargs.get("approximate") == "tanh":
+        return "gelu_tanh"
+    constants = tuple(value for value in node.args[1:] if isinstance(value, int | float))
+    return _ACTIVATIONS.get((operation, constants), "") if len(node.args) == 1 + len(constants) else ""
 
 
 def _obstacle(node: torch.fx.Node, name: str) -> str:
-    target = str(node.target)
-    if "dropout" in target:
-        return "dropout between the layers draws for every unit, new ones too"
-    if target in _MIXING:
-        return f"{_MIXING[target]} between the layers mixes units, so new ones would change the old"
-    if target == _BATCH_NORM:
+    operation = _operation(node)
+    if operation in _MIXING:
+        return f"{_MIXING[operation]} between the layers mixes units, so new ones would change the old"
+    if operation == _BATCH_NORM:
         return "batch norm stands behind the activation, or there is more than one"
     if name:
         return "more than one activation stands between the layers"
-    return f"{target} stands between the layers"
+    return f"{node.target} stands between the layers"
 
 
 def _module_path(node: torch.fx.Node) -> str:

@@ -147,6 +147,10 @@ ARMS: Mapping[str, Arm] = {
     "senn": _rival("one graft where the SENN score is highest", lambda *_: rivals.senn),
     "narrowest": _rival("one graft at the narrowest layer", lambda *_: rivals.narrowest),
     "rank": _rival("one graft at the layer of lowest effective rank", lambda *_: rivals.effective_rank),
+    "dead-units": _rival("one graft at the layer with the largest share of dead units", lambda *_: rivals.dead_units),
+    "fisher": _rival(
+        "one graft where the Fisher information of the layer's weights is largest", _probing(rivals.fisher)
+    ),
     "reconstruction": Arm(
         "esper, kernels taught the update the span cannot make", _taught(training_objective="reconstruction")
     ),
@@ -159,7 +163,9 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-EXTRA = frozenset({"senn", "narrowest", "rank", "reconstruction", "straight-through", "silent", "gromo"})
+EXTRA = frozenset(
+    {"senn", "narrowest", "rank", "dead-units", "fisher", "reconstruction", "straight-through", "silent", "gromo"}
+)
 """Arms that run only when they are named: places that others choose too, other lessons for kernels, and another's package."""
 
 

@@ -26,7 +26,7 @@ from esper_core.ids import new_id
 from esper_core.lifecycle import IN_FLIGHT, State
 from esper_core.nn.host import Host
 from esper_core.nn.probe import Batch, LossFunction, look
-from esper_core.nn.rows import entering_rows, leaving_rows
+from esper_core.nn.rows import entering_rows, inner_rows, leaving_rows
 
 WIDTH = 8
 """Units of a rival's kernel."""
@@ -134,6 +134,30 @@ def effective_rank(packet: SystemStatePacket) -> dict[str, float]:
     """The layer whose activations have the lowest effective rank."""
     ranks = {slot.slot: slot.health.effective_rank for slot in packet.slots}
     return {name: -rank for name, rank in ranks.items() if rank is not None}
+
+
+def dead_units(packet: SystemStatePacket) -> dict[str, float]:
+    """The layer with the largest share of units that never fire on the probe."""
+    ratios = {slot.slot: slot.health.dead_unit_ratio for slot in packet.slots}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+
+
+def fisher(host: Host, probe: Sequence[Batch], loss_fn: LossFunction) -> Rank:
+    """Diagonal of the empirical Fisher information of the weights that leave the layer, their mean: E[g²] E[h²] as K-FAC splits it.
+
+    g is the loss's gradient at the sink's output and h what the sink reads (Martens and Grosse, 2015).
+    """
+
+    def rank(_: SystemStatePacket) -> dict[str, float]:
+        found: dict[str, list[float]] = {name: [] for name in host.slots}
+        for _loss, sights in look(host, host.slots.values(), probe, loss_fn):
+            for name, sight in sights.items():
+                rows = inner_rows(sight.inner, host.slots[name].interface)
+                descent = leaving_rows(sight.descent, host.slots[name].interface)
+                found[name].append(float(rows.square().mean() * descent.square().mean()))
+        return {name: sum(parts) / len(parts) for name, parts in found.items()}
+
+    return rank
 
 
 def gradmax(host: Host, probe: Sequence[Batch], loss_fn: LossFunction, units: int = WIDTH) -> Rank:

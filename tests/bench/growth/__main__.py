@@ -10,13 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from esper_core.errors import InvalidInput
 from esper_core.nn.checkpoint import write_atomic
 from services.tolaria.arena import report
 from services.tolaria.arena.arms import chosen
 from services.tolaria.arena.figures import Table
 from services.tolaria.arena.suite import Ledger, run, shown
 from services.tolaria.edge import answered
-from tests.bench.growth.contest import SUITES, Contest, named
+from tests.bench.growth.contest import SUITES, Contest, named, picked
 from tests.bench.growth.goals import judged
 from tests.bench.machine import machine
 
@@ -40,9 +41,11 @@ def main() -> int:
 
 
 def _run(asked: argparse.Namespace, console: Console) -> int:
+    if asked.seeds < 1:
+        raise InvalidInput(f"--seeds is {asked.seeds}", hint="one or more; ten or more for intervals worth reading")
     arms = chosen(asked.arms)
     suite = SUITES[asked.suite]
-    names = [task.name for task in suite if asked.tasks is None or task.name in asked.tasks.split(",")]
+    names = picked(asked.suite, asked.tasks)
     path = asked.out / f"{asked.suite}.jsonl"
     if asked.fresh:
         path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from esper_core.errors import InvalidInput, nearest
 from services.tolaria.arena.figures import Table
 from services.tolaria.arena.task import Task
 from services.tolaria.arena.trial import Row
@@ -17,6 +18,20 @@ SUITES: Mapping[str, tuple[Task, ...]] = {"growth": TASKS, "strangers": STRANGER
 def named(name: str) -> Task:
     """The task of that name, of whichever suite."""
     return next(task for tasks in SUITES.values() for task in tasks if task.name == name)
+
+
+def picked(suite: str, names: str | None) -> list[str]:
+    """Names of a suite's tasks that are among ``names``, separated by commas; of all when None.
+
+    Raises:
+        InvalidInput: the suite has no such task.
+    """
+    there = [task.name for task in SUITES[suite]]
+    wanted = there if names is None else [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in there:
+            raise InvalidInput(f"the suite {suite} has no task {name!r}", hint=nearest(name, there))
+    return [name for name in there if name in wanted]
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,21 @@ def test_what_does_not_pay_its_rent_goes_in_the_end() -> None:
     assert all(parameter.requires_grad for parameter in run.host.parameters())
 
 
+def test_rent_is_for_parameters_or_operations_whichever_grow_more() -> None:
+    run = Run(seed=1, settings=settings(rent=0.5))
+    run.epochs(0, 6)
+    germinate(run.grower, SLOT)
+    run.until(State.FINE_TUNING, SLOT, 6)
+    measured = run.events[-1].measurements
+    graft = run.host.slots[SLOT].graft
+    assert graft is not None
+    weights = [layer.weight for layer in run.host.model.modules() if isinstance(layer, nn.Linear)]
+    larger = sum(p.numel() for p in graft.kernel.parameters()) / sum(p.numel() for p in run.host.model.parameters())
+    slower = graft.kernel.analysis.flops / sum(2 * weight.numel() for weight in weights)
+    assert slower > larger
+    assert measured["rent"] == pytest.approx(0.5 * slower * measured["loss"])
+
+
 PASS_THROUGH = BlueprintIR(
     name="pass_through",
     nodes=(Node(name="s", op="activation", inputs=("input",), attributes={"kind": "tanh"}),),

@@ -65,10 +65,7 @@ def test_a_transformer_is_spanned_in_its_feed_forward_part() -> None:
     assert spans(host) == ["layer.linear1:layer.linear2"]
     interface = host.slots["layer.linear1:layer.linear2"].interface
     assert interface.layout is Layout.TOKENS
-    assert not interface.foldable
-    assert "draws for every unit" in host.slots["layer.linear1:layer.linear2"].obstacle
-    quiet = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
-    assert wrap(quiet, torch.zeros(4, 5, 8)).slots["linear1:linear2"].interface.foldable
+    assert interface.foldable
 
 
 class Calls(nn.Module):
@@ -125,12 +122,27 @@ def test_a_module_under_two_names_has_no_single_place() -> None:
         (nn.LeakyReLU(0.3), "", False),
         (nn.Identity(), "identity", True),
         (nn.Dropout(0.0), "identity", True),
-        (nn.Dropout(0.5), "", False),
+        (nn.Dropout(0.5), "identity", True),
+        (nn.Sequential(nn.ReLU(), nn.Dropout(0.5)), "relu", True),
+        (nn.Sequential(nn.Dropout(0.5, inplace=True), nn.ReLU()), "relu", True),
+        (nn.Sequential(nn.BatchNorm1d(5), nn.SiLU(), nn.Dropout(0.5)), "silu", True),
+        (nn.Sequential(nn.SELU(), nn.AlphaDropout(0.5)), "", False),
         (nn.LayerNorm(5), "", False),
-        (nn.Softplus(), "", False),
+        (nn.ELU(), "elu", True),
+        (nn.ELU(inplace=True), "elu", True),
+        (nn.ELU(0.5), "", False),
+        (nn.SELU(), "selu", True),
+        (nn.Softplus(), "softplus", True),
+        (nn.Softplus(2.0), "", False),
+        (nn.ReLU6(), "relu6", True),
+        (nn.Hardtanh(), "", False),
+        (nn.Hardswish(), "hardswish", True),
+        (nn.Mish(inplace=True), "mish", True),
+        (nn.Hardshrink(), "", False),
         (nn.Sequential(nn.ReLU(), nn.Tanh()), "", False),
         (nn.Sequential(nn.BatchNorm1d(5), nn.SiLU()), "silu", True),
-        (nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.SiLU()), "", False),
+        (nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5), nn.SiLU()), "silu", True),
+        (nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(5), nn.SiLU()), "", False),
     ],
 )
 def test_what_stands_between_decides_whether_it_can_be_folded(activation: nn.Module, name: str, foldable: bool) -> None:
@@ -164,9 +176,9 @@ class Twice(nn.Module):
         (nn.BatchNorm1d(4, bias=False), "no offset"),
         (nn.Sequential(nn.ReLU(), nn.BatchNorm1d(4)), "behind the activation"),
         (nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4)), "more than one"),
-        (nn.Dropout(0.1), "dropout"),
+        (nn.Sequential(nn.Dropout(0.1), nn.BatchNorm1d(4)), "dropout stands before the norm"),
         (nn.Softmax(-1), "mixes units"),
-        (nn.Softplus(), "softplus"),
+        (nn.Hardshrink(), "hardshrink"),
     ],
 )
 def test_norms_that_cannot_be_widened_say_why(norm: nn.Module, why: str) -> None:

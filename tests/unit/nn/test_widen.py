@@ -26,6 +26,7 @@ EVERY_FORM = [
     ("cnn", "0:2", "conv_bypass_1x1"),
     ("cnn", "2:4", "conv_bypass_3x3"),
     ("resnet", RESIDUAL, "conv_bypass_1x1"),
+    ("transformer", "layer.linear1:layer.linear2", "bottleneck_mlp"),
 ]
 
 
