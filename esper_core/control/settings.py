@@ -56,6 +56,8 @@ class GrowthSettings(Settings):
     """Epochs between evaluations; evidence must hold in two of them."""
     evaluate_at_most_every: int = Field(default=16, ge=1)
     """Epochs that may lie between two evaluations: the time doubles with each one that finds all slots healthy."""
+    glance: float = Field(default=0.25, gt=0, le=1)
+    """Share of the probe after which an evaluation ends if every slot is surely healthy by then; 1 = never."""
     share: float = Field(default=0.5, gt=0, lt=1)
     """Evidence threshold: share of the wanted update that the present span cannot make."""
     gain_of_loss: float = Field(default=0.002, gt=0)

@@ -98,14 +98,25 @@ class Survey:
         return mean_loss(self.plot.host, self.plot.probe, self.plot.loss_fn)
 
     def measure(self, epoch: int) -> None:
-        """Take evidence and vital signs of every slot from one pass over the probe, and settle when to measure next."""
+        """Take evidence and vital signs of every slot from one pass over the probe, and settle when to measure next.
+
+        Unless growth is being thought of, a part of the probe is enough where all of that is surely healthy.
+        """
         plot = self.plot
         slots = plot.host.slots.values()
-        self._readings = measure(plot.host, slots, plot.probe, plot.loss_fn, self.thresholds, self.first_loss)
+        glance = math.inf if self._in_need() else plot.settings.glance * sum(len(targets) for _, targets in plot.probe)
+        self._readings = measure(
+            plot.host, slots, plot.probe, plot.loss_fn, self.thresholds, self.first_loss, glance=glance
+        )
         self._epoch = epoch
         for name, reading in self._readings.items():
             self.evidence[name].append(GrowthSignal(**asdict(reading.evidence)))
         self._plan(epoch)
+
+    def _in_need(self) -> bool:
+        """Whether the last evaluation found a slot that asks for growth."""
+        last = (signals[-1] for signals in self.evidence.values() if signals)
+        return any(self.thresholds.need(signal.share, signal.gain_of_loss) > 1 for signal in last)
 
     def hear(self, loss: float) -> None:
         """Note an epoch's loss. The run's first is the measure of gains; one that is not finite says nothing."""
@@ -127,6 +138,11 @@ class Survey:
         longer = min(2 * self._interval, settings.evaluate_at_most_every)
         self._interval = max(longer, settings.evaluate_every) if healthy else settings.evaluate_every
         self._due = epoch + self._interval
+
+    @property
+    def probed(self) -> int:
+        """Samples that the last evaluation took."""
+        return next(reading.probed for reading in self._readings.values())
 
     def fresh(self, epoch: int) -> bool:
         """Whether slots were measured at this epoch."""

@@ -18,7 +18,7 @@ are Cholesky factors of the damped moments, which are several times cheaper than
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -34,6 +34,8 @@ from esper_core.nn.vitals import Units, Vitals
 FOLDS = 4
 RIDGE = 1e-6
 """ε as a share of the mean eigenvalue."""
+DOUBT = 0.05
+"""A slot is surely healthy when the evidence against it is at most this sure."""
 MAX_SPECTRUM = 64
 MAX_ROWS = 1024
 """Rows taken from one batch of a layout with positions; more would be correlated neighbours."""
@@ -146,10 +148,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one pass over the probe says of one slot."""
+    """What one pass over the probe says of one slot; ``probed`` is the samples that it took."""
 
     evidence: Evidence
     vitals: Vitals
+    probed: int
 
 
 def measure(
@@ -159,11 +162,16 @@ def measure(
     loss_fn: LossFunction,
     thresholds: Thresholds,
     reference: float | None = None,
+    glance: float = math.inf,
 ) -> dict[str, Reading]:
     """Evidence and vital signs of every slot from one pass over the probe batches.
 
-    ``reference`` is the loss whose fraction a gain must be: that which the run began with, say, since near a loss of nothing any
-    gain looks large. The probe's own loss when None or smaller than that.
+    Few samples make a gain look larger than it is, never smaller by much: what wants nothing on a part of the probe wants nothing.
+
+    Args:
+        reference: the loss whose fraction a gain must be: that which the run began with, say, since near a loss of nothing any gain
+            looks large. The probe's own loss when None or smaller than that.
+        glance: samples after which the pass ends if every slot is surely healthy by then.
 
     Raises:
         InvalidInput: when the loss is not a finite scalar, or there are no batches.
@@ -171,6 +179,12 @@ def measure(
     places = list(slots)
     tallies = {slot.name: Tally() for slot in places}
     units = {slot.name: Units() for slot in places}
+    seen = 0
+
+    def found(slot: Slot) -> Reading:
+        evidence = conclude(tallies[slot.name], slot.unit_parameters, thresholds, reference)
+        return Reading(evidence, units[slot.name].conclude(), seen)
+
     for number, (loss, sights) in enumerate(look(host, places, batches, loss_fn)):
         for slot in places:
             sight, interface = sights[slot.name], slot.interface
@@ -178,16 +192,27 @@ def measure(
             rows = _rows(sight, interface)
             tallies[slot.name].positions = len(rows[0]) / len(sight.entering)
             tallies[slot.name].add_batch(number, _thinned(rows, len(sight.entering)), loss)
+            samples = len(sight.entering)
+        seen += samples
+        if seen >= glance:
+            glance = math.inf
+            if readings := _if_healthy(places, found):
+                return readings
     if any(not tally.losses for tally in tallies.values()):
         raise InvalidInput(
             "the probe has no batches", hint="pass a list of (inputs, targets), 1024 samples or more in all"
         )
-    return {
-        slot.name: Reading(
-            conclude(tallies[slot.name], slot.unit_parameters, thresholds, reference), units[slot.name].conclude()
-        )
-        for slot in places
-    }
+    return {slot.name: found(slot) for slot in places}
+
+
+def _if_healthy(places: Sequence[Slot], found: Callable[[Slot], Reading]) -> dict[str, Reading]:
+    """What there is to say of every slot if each is surely healthy; nothing at the first that is not, or that is mute."""
+    readings: dict[str, Reading] = {}
+    for slot in places:
+        reading = readings[slot.name] = found(slot)
+        if reading.evidence.confidence > DOUBT or not reading.evidence.gain or reading.vitals.dead_unit_ratio == 1:
+            return {}
+    return readings
 
 
 def _rows(sight: Sight, interface: SlotInterface) -> tuple[Tensor, Tensor, Tensor]:

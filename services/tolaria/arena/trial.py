@@ -152,7 +152,6 @@ def growing(
             flops_of[shape] = training_flops(task, setup, host)
         count.flops += (count.steps - steps) * flops_of[shape]
         story.boundary(grower, epoch, loss, setup)
-    scoring = story.measurements * _scoring_flops(grower) if story.measurements else 0
     network, report = grower.finish()
     return to_row(
         task,
@@ -168,7 +167,7 @@ def growing(
         culled=report.culled + len(report.dropped),
         rolled_back=report.rolled_back,
         evidence=story.evidence,
-        scoring_flops=scoring,
+        scoring_flops=story.scoring,
         growing_seconds=story.seconds,
         insertion_change=story.insertion_change,
         fold_change=report.folded_max_abs_diff,
@@ -206,7 +205,8 @@ class _Story:
     """What happened at the boundaries of one run."""
 
     def __init__(self) -> None:
-        self.seconds, self.measurements = 0.0, 0
+        self.seconds, self.scoring = 0.0, 0
+        self._scoring_of: dict[tuple[int, int], int] = {}
         self.germinated: list[str] = []
         self.kept: list[str] = []
         self.evidence: float | None = None
@@ -217,7 +217,8 @@ class _Story:
         began = time.process_time()
         report = grower.step(epoch, train_loss=loss)
         self.seconds += time.process_time() - began
-        self.measurements += grower.survey.fresh(epoch)
+        if grower.survey.fresh(epoch):
+            self.scoring += self._measurement(grower)
         for event in report.events:
             if event.target is State.GERMINATED:
                 self.germinated.append(event.slot)
@@ -232,6 +233,13 @@ class _Story:
                 need = grower.survey.thresholds.need
                 sure = (need(signal.share, signal.gain_of_loss) * signal.confidence for signal in list(past)[-2:])
                 self.evidence = max(self.evidence or 0.0, min(sure))
+
+    def _measurement(self, grower: Grower) -> int:
+        """Operations of the last measurement; counted once per shape of the network and length of the probe."""
+        key = (grower.plot.parameters, grower.survey.probed)
+        if key not in self._scoring_of:
+            self._scoring_of[key] = _scoring_flops(grower)
+        return self._scoring_of[key]
 
     def _at_insertion(self, grower: Grower, slot: str) -> None:
         """Change of the probe loss when a graft is blended in at alpha 0."""
@@ -267,10 +275,14 @@ def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn
 
 
 def _scoring_flops(grower: Grower) -> int:
-    """Operations of one more measurement of all slots, at the shape that the host has now."""
-    plot = grower.plot
+    """Operations of one more measurement like the last, at the shape that the host has now."""
+    plot, seen, probed = grower.plot, 0, []
+    for batch in plot.probe:
+        if seen < grower.survey.probed:
+            probed.append(batch)
+            seen += len(batch[1])
     with counted() as effort:
-        measure(plot.host, plot.host.slots.values(), plot.probe, plot.loss_fn, grower.survey.thresholds)
+        measure(plot.host, plot.host.slots.values(), probed, plot.loss_fn, grower.survey.thresholds)
     return effort.flops
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from esper_core.control.survey import health_of, score
 from esper_core.errors import InvalidInput
 from esper_core.nn.host import Host, wrap
-from esper_core.nn.signals import MAX_ROWS, Evidence, Reading, Thresholds, measure
+from esper_core.nn.signals import DOUBT, MAX_ROWS, Evidence, Reading, Thresholds, measure
 from tests.unit.nn.formulas import Figures, formulas, oracle, sights
 from tests.unit.nn.hosts import CLASSES, LOSS, batches, copied, make, perceptron, train, wrapped, wrapped_perceptron
 
@@ -121,6 +121,47 @@ def trained() -> tuple[nn.Sequential, Host, list[Any]]:
 
 def read(host: Host, data: list[Any]) -> dict[str, Reading]:
     return measure(host, host.slots.values(), data, LOSS, LIMITS)
+
+
+HEALTHY, NEEDY = Thresholds(gain_of_loss=1e6), Thresholds(share=0.01, gain_of_loss=1e-9)
+"""What no slot passes, and what any slot passes that is not mute."""
+
+
+def glanced(host: Host, data: list[Any], thresholds: Thresholds) -> dict[str, Reading]:
+    """Measured with leave to end after the second of six batches of 60."""
+    return measure(host, host.slots.values(), data, LOSS, thresholds, glance=100)
+
+
+def test_a_part_of_the_probe_is_enough_where_all_is_surely_healthy(
+    trained: tuple[nn.Sequential, Host, list[Any]],
+) -> None:
+    _, host, data = trained
+    found = glanced(host, data, HEALTHY)
+    assert found == measure(host, host.slots.values(), data[:2], LOSS, HEALTHY)
+    assert {reading.probed for reading in found.values()} == {120}
+
+
+def test_one_slot_that_may_be_in_need_is_looked_at_in_full_and_all_others_with_it(
+    trained: tuple[nn.Sequential, Host, list[Any]],
+) -> None:
+    _, host, data = trained
+    assert glanced(host, data, NEEDY) == measure(host, host.slots.values(), data, LOSS, NEEDY)
+    gains = sorted(reading.evidence.gain_of_loss for reading in read(host, data).values())
+    between = Thresholds(share=0.01, gain_of_loss=math.sqrt(gains[-2] * gains[-1]))
+    found = glanced(host, data, between)
+    assert found == measure(host, host.slots.values(), data, LOSS, between)
+    assert any(reading.evidence.confidence < DOUBT for reading in found.values())
+
+
+def test_a_mute_slot_is_not_called_healthy_before_all_was_seen(
+    trained: tuple[nn.Sequential, Host, list[Any]],
+) -> None:
+    model, host, data = trained
+    with torch.no_grad():
+        cast(nn.Linear, model[2]).bias.fill_(-50)
+    found = glanced(host, data, HEALTHY)
+    assert any(reading.vitals.dead_unit_ratio == 1 for reading in found.values())
+    assert {reading.probed for reading in found.values()} == {360}
 
 
 def test_the_order_of_units_does_not_matter(trained: tuple[nn.Sequential, Host, list[Any]]) -> None:
