@@ -10,6 +10,10 @@ With h the input of the span, H1 the sink's input with a one appended, and G the
     own   = ‖(H1ᵀH1/n)^-½ H1ᵀG/n‖²         what the sink's own weights could still gain
     share = gain / (gain + own)
 
+Rows are samples, tokens or places of an image. A row at which the loss hears nothing of what leaves the span, because its gradient there
+is exactly zero (a token that nobody reads, a place that a maximum passes over), is no row: a change there costs nothing, and counting it
+would thin out what the others want.
+
 Everything is a function of sums over rows, kept in float64 per fold of the probe, so memory does not grow with the probe and
 a delete-one jackknife over the folds costs no second pass. Any root of a moment gives the same singular values, so the roots
 are Cholesky factors of the damped moments, which are several times cheaper than eigendecompositions.
@@ -39,6 +43,9 @@ DOUBT = 0.05
 MAX_SPECTRUM = 64
 MAX_ROWS = 1024
 """Rows taken from one batch of a layout with positions; more would be correlated neighbours."""
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,13 +128,14 @@ class Sums:
 
 @dataclass
 class Tally:
-    """Sums per fold and the losses, for one slot; ``positions`` is the rows that one sample has (tokens, pixels; 1 for features)."""
+    """Sums per fold and the losses, for one slot, with the samples seen and the rows that they have (tokens, places; one for features)."""
 
-    positions: float = 1.0
+    samples: int = 0
+    rows: int = 0
     folds: list[Sums | None] = field(default_factory=lambda: [None] * FOLDS)
     losses: list[float] = field(default_factory=list)
 
-    def add_batch(self, number: int, rows: tuple[Tensor, Tensor, Tensor], loss: float) -> None:
+    def add_batch(self, number: int, rows: Rows, loss: float) -> None:
         """Spread a batch's rows over the folds, beginning at another one each time, so that all fill evenly."""
         self.losses.append(loss)
         parts = [part.tensor_split(FOLDS) for part in rows]
@@ -136,6 +144,11 @@ class Tally:
                 fold, sums = (number + offset) % FOLDS, Sums.of(h, i, g)
                 held = self.folds[fold]
                 self.folds[fold] = sums if held is None else held + sums
+
+    @property
+    def positions(self) -> float:
+        """Rows of one sample."""
+        return self.rows / self.samples
 
     @property
     def filled(self) -> list[Sums]:
@@ -189,10 +202,10 @@ def measure(
         for slot in places:
             sight, interface = sights[slot.name], slot.interface
             units[slot.name].add(sight.inner, sight.descent, interface.layout)
-            rows = _rows(sight, interface)
-            tallies[slot.name].positions = len(rows[0]) / len(sight.entering)
-            tallies[slot.name].add_batch(number, _thinned(rows, len(sight.entering)), loss)
-            samples = len(sight.entering)
+            rows, samples = _rows(sight, interface), len(sight.entering)
+            tallies[slot.name].samples += samples
+            tallies[slot.name].rows += len(rows[0])
+            tallies[slot.name].add_batch(number, _thinned(rows, samples), loss)
         seen += samples
         if seen >= glance:
             glance = math.inf
@@ -215,15 +228,19 @@ def _if_healthy(places: Sequence[Slot], found: Callable[[Slot], Reading]) -> dic
     return readings
 
 
-def _rows(sight: Sight, interface: SlotInterface) -> tuple[Tensor, Tensor, Tensor]:
-    return (
+def _rows(sight: Sight, interface: SlotInterface) -> Rows:
+    """What enters, what the sink reads and what should leave, row by row; only rows that the loss hears, as long as it hears any."""
+    rows = (
         entering_rows(sight.entering, interface),
         inner_rows(sight.inner, interface),
         leaving_rows(sight.descent, interface),
     )
+    heard = rows[2].ne(0).any(dim=1)
+    count = int(heard.sum())
+    return rows if count in (0, len(heard)) else (rows[0][heard], rows[1][heard], rows[2][heard])
 
 
-def _thinned(rows: tuple[Tensor, Tensor, Tensor], samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _thinned(rows: Rows, samples: int) -> Rows:
     """Every k-th row, k without a factor in common with the positions, or each sample would show the same few of them."""
     every = max(1, math.ceil(len(rows[0]) / max(MAX_ROWS, samples)))
     while every > 1 and math.gcd(every, len(rows[0]) // samples) > 1:

@@ -46,7 +46,7 @@ def damped(moment: Rows) -> Rows:
     return ridge
 
 
-def formulas(h0: Rows, h: Rows, g: Rows, loss: float, positions: int) -> Figures:
+def formulas(h0: Rows, h: Rows, g: Rows, loss: float, positions: float) -> Figures:
     """3-growth §2 on rows: what enters the span, what the sink reads, −∂L/∂z; a unit acts at every position of a sample."""
     n = len(h0)
     h1 = np.hstack([h, np.ones((n, 1))])
@@ -67,11 +67,12 @@ def formulas(h0: Rows, h: Rows, g: Rows, loss: float, positions: int) -> Figures
 
 @dataclass
 class Sight:
-    """Rows of one batch at one span, and its loss."""
+    """Rows of one batch at one span that the loss hears, its samples, and its loss."""
 
     entering: Rows
     inner: Rows
     descent: Rows
+    samples: int
     loss: float
 
 
@@ -99,7 +100,8 @@ def sights(model: nn.Sequential, source: int, sink: int, data: Sequence[tuple[Te
             rows = (*rows, descent.permute(0, 2, 3, 1).reshape(-1, descent.shape[1]).numpy())
         else:
             rows = tuple(t.reshape(-1, t.shape[-1]).numpy() for t in (entering, inner, descent))
-        found.append(Sight(*rows, loss=loss.item()))  # type: ignore[call-arg]
+        heard = [bool(np.any(row)) for row in rows[2]]
+        found.append(Sight(*(part[heard] for part in rows), samples=len(targets), loss=loss.item()))  # type: ignore[call-arg]
     return found
 
 
@@ -122,8 +124,9 @@ def patches(maps: Tensor, conv: nn.Conv2d, stride: tuple[int, ...], grid: Sequen
     return np.array(rows)
 
 
-def oracle(found: Sequence[Sight], positions: int) -> tuple[Figures, float]:
+def oracle(found: Sequence[Sight]) -> tuple[Figures, float]:
     """(figures of all rows, confidence by a delete-one jackknife over the folds)."""
+    positions = sum(len(sight.descent) for sight in found) / sum(sight.samples for sight in found)
     mean = sum(sight.loss for sight in found) / len(found)
     folds: list[list[tuple[Rows, Rows, Rows]]] = [[] for _ in range(FOLDS)]
     for number, sight in enumerate(found):

@@ -49,8 +49,9 @@ def test_features_match_the_formulas() -> None:
     found = measure(host, host.slots.values(), data, LOSS, LIMITS)
     for name, reading in found.items():
         source, sink = (int(path) for path in name.split(":"))
-        check(reading.evidence, *oracle(sights(model, source, sink, data), positions=1))
-        assert reading.evidence.samples == 210
+        seen = sights(model, source, sink, data)
+        check(reading.evidence, *oracle(seen))
+        assert reading.evidence.samples == sum(len(sight.descent) for sight in seen)
 
 
 @pytest.mark.parametrize(
@@ -73,10 +74,8 @@ def test_images_match_the_formulas(first: nn.Conv2d, second: nn.Conv2d) -> None:
     host = wrap(model, data[0][0])
     (reading,) = measure(host, host.slots.values(), data, LOSS, LIMITS).values()
     seen = sights(model, 0, 2, data)
-    positions = len(seen[0].entering) // 20
-    assert positions > 1
-    check(reading.evidence, *oracle(seen, positions))
-    assert reading.evidence.samples == 40 * positions
+    check(reading.evidence, *oracle(seen))
+    assert reading.evidence.samples == sum(len(sight.descent) for sight in seen) > 40
 
 
 def test_tokens_match_the_formulas() -> None:
@@ -88,7 +87,7 @@ def test_tokens_match_the_formulas() -> None:
     found = measure(host, host.slots.values(), data, LOSS, LIMITS)
     for name, reading in found.items():
         source, sink = (int(path.split(".")[1]) for path in name.split(":"))
-        check(reading.evidence, *oracle(sights(layers, source, sink, data), positions=5))
+        check(reading.evidence, *oracle(sights(layers, source, sink, data)))
 
 
 def test_many_positions_are_thinned_and_still_tell_the_same() -> None:
@@ -105,6 +104,28 @@ def test_many_positions_are_thinned_and_still_tell_the_same() -> None:
     seen = sights(model, 0, 2, data)
     whole = formulas(*(np.vstack([getattr(s, k) for s in seen]) for k in ("entering", "inner", "descent")), 1.0, 143)  # type: ignore[call-arg]
     assert reading.evidence.gain == pytest.approx(whole.gain, rel=0.5)
+
+
+class Last(Pooled):
+    """The same, of which only the last token's output is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)[:, -1]
+
+
+def test_tokens_that_nobody_reads_do_not_thin_out_the_one_that_counts() -> None:
+    """Without attention the other tokens are nothing but ballast: the same evidence as of a network that gets the last one alone."""
+    torch.manual_seed(3)
+    layers = perceptron(6, 7, 3, CLASSES).double()
+    data = double(batches("transformer", 2, size=30))
+    alone = [(inputs[:, -1], targets) for inputs, targets in data]
+    many, one = (wrap(model, part[0][0]) for model, part in ((Last(layers), data), (layers, alone)))
+    found, wanted = (read(host, part) for host, part in ((many, data), (one, alone)))
+    for theirs, mine in zip(wanted.values(), found.values(), strict=True):
+        assert mine.evidence.gain == pytest.approx(theirs.evidence.gain, rel=1e-9)
+        assert mine.evidence.share == pytest.approx(theirs.evidence.share, rel=1e-9)
+        assert mine.evidence.confidence == pytest.approx(theirs.evidence.confidence, abs=1e-9)
+        assert mine.evidence.samples == theirs.evidence.samples
 
 
 @pytest.fixture
