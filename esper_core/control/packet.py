@@ -79,6 +79,7 @@ class GrowthSignal(Noun):
     confidence: float = Field(ge=0, le=1)
     samples: int = Field(ge=0)
     unit_parameters: int = Field(ge=0)
+    null_gain: float = Field(default=0.0, ge=0)
 
 
 class HealthSignal(Noun):

@@ -9,6 +9,8 @@ With h the input of the span, H1 the sink's input with a one appended, and G the
     score = Σ σ_i(S^-½ N F^-½)²            scale-free (Mitchell et al., "Self-Expanding Neural Networks", 2023)
     own   = ‖(H1ᵀH1/n)^-½ H1ᵀG/n‖²         what the sink's own weights could still gain
     share = gain / (gain + own)
+    null  = the gain's mean over all permutations of G⊥'s rows: what chance alone would show. Told, not judged by: where samples are few
+            against width gain and null are alike for wide layers only, and a host that is merely under-trained passes it everywhere
 
 Rows are samples, tokens or places of an image. A row at which the loss hears nothing of what leaves the span, because its gradient there
 is exactly zero (a token that nobody reads, a place that a maximum passes over), is no row: a change there costs nothing, and counting it
@@ -73,6 +75,7 @@ class Evidence:
     confidence: float
     samples: int
     unit_parameters: int
+    null_gain: float = 0.0
 
     def need(self, thresholds: Thresholds) -> float:
         """How far both thresholds are passed."""
@@ -267,6 +270,7 @@ def conclude(tally: Tally, unit_parameters: int, thresholds: Thresholds, referen
         score=float(_whitened(total.gg / total.rows, whitened.T).square().sum()),
         spectrum=tuple(spectrum[:MAX_SPECTRUM].tolist()),
         confidence=_confidence(whole.need(thresholds), parts),
+        null_gain=null_gain(total) * tally.positions,
     )
 
 
@@ -295,6 +299,24 @@ def _evidence(sums: Sums, positions: float, loss: float, unit_parameters: int) -
         unit_parameters=unit_parameters,
     )
     return found, whitened
+
+
+def null_gain(sums: Sums) -> float:
+    """Mean of ‖S^-½ N‖² over all n! permutations of G⊥'s rows, in closed form.
+
+    Of K = G⊥G⊥ᵀ only the means on and off the diagonal survive permuting (first permutation moment, as of the RV coefficient: Kazi-Aoual
+    et al., 1995), and both follow from the sums.
+    """
+    n, weights = sums.rows, torch.cholesky_solve(sums.ig, damped_root(sums.ii))
+    power = float(torch.trace(sums.gg) - 2 * (weights * sums.ig).sum() + (weights * (sums.ii @ weights)).sum())
+    drift = float(
+        (sums.ig[-1] - sums.ii[-1] @ weights).square().sum()
+    )  # the last feature of the sink's input is the one
+    on, off = power / n, (drift - power) / (n * max(n - 1, 1))
+    root = damped_root(sums.hh / n)
+    freedom = n * float(torch.trace(torch.cholesky_solve(sums.hh / n, root)))
+    centre = float(torch.linalg.solve_triangular(root, sums.hi[:, -1:], upper=False).square().sum())
+    return ((on - off) * freedom + off * centre) / n**2
 
 
 def damped_root(moment: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,7 @@ def growing(
             flops_of[shape] = training_flops(task, setup, host)
         count.flops += (count.steps - steps) * flops_of[shape]
         story.boundary(grower, epoch, loss, setup)
+    scoring = sum(times * _scoring_flops(grower, probed) for probed, times in story.probed.items())
     network, report = grower.finish()
     return to_row(
         task,
@@ -167,7 +169,7 @@ def growing(
         culled=report.culled + len(report.dropped),
         rolled_back=report.rolled_back,
         evidence=story.evidence,
-        scoring_flops=story.scoring,
+        scoring_flops=scoring,
         growing_seconds=story.seconds,
         insertion_change=story.insertion_change,
         fold_change=report.folded_max_abs_diff,
@@ -205,8 +207,8 @@ class _Story:
     """What happened at the boundaries of one run."""
 
     def __init__(self) -> None:
-        self.seconds, self.scoring = 0.0, 0
-        self._scoring_of: dict[tuple[int, int], int] = {}
+        self.seconds = 0.0
+        self.probed: Tally[int] = Tally()
         self.germinated: list[str] = []
         self.kept: list[str] = []
         self.evidence: float | None = None
@@ -218,7 +220,7 @@ class _Story:
         report = grower.step(epoch, train_loss=loss)
         self.seconds += time.process_time() - began
         if grower.survey.fresh(epoch):
-            self.scoring += self._measurement(grower)
+            self.probed[grower.survey.probed] += 1
         for event in report.events:
             if event.target is State.GERMINATED:
                 self.germinated.append(event.slot)
@@ -233,13 +235,6 @@ class _Story:
                 need = grower.survey.thresholds.need
                 sure = (need(signal.share, signal.gain_of_loss) * signal.confidence for signal in list(past)[-2:])
                 self.evidence = max(self.evidence or 0.0, min(sure))
-
-    def _measurement(self, grower: Grower) -> int:
-        """Operations of the last measurement; counted once per shape of the network and length of the probe."""
-        key = (grower.plot.parameters, grower.survey.probed)
-        if key not in self._scoring_of:
-            self._scoring_of[key] = _scoring_flops(grower)
-        return self._scoring_of[key]
 
     def _at_insertion(self, grower: Grower, slot: str) -> None:
         """Change of the probe loss when a graft is blended in at alpha 0."""
@@ -274,11 +269,11 @@ def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn
     return host.model
 
 
-def _scoring_flops(grower: Grower) -> int:
-    """Operations of one more measurement like the last, at the shape that the host has now."""
+def _scoring_flops(grower: Grower, samples: int) -> int:
+    """Operations of one more measurement of all slots on so many samples, at the shape that the host has now."""
     plot, seen, probed = grower.plot, 0, []
     for batch in plot.probe:
-        if seen < grower.survey.probed:
+        if seen < samples:
             probed.append(batch)
             seen += len(batch[1])
     with counted() as effort:

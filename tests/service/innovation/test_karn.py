@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from esper_core.pb.esper.karn.v1 import karn_pb2, karn_pb2_grpc
 from esper_core.pb.esper.urza.v1 import urza_pb2
 from esper_core.rpc.convert import to_proto
 from services.composition import run
-from tests.service.innovation.conftest import free_port
+from tests.service.innovation.conftest import free_port, nats_in
 from tests.service.innovation.papers import Innovation, Kernel, interface, run_id, until
 
 PATIENCE = 200.0
@@ -82,14 +83,15 @@ async def finished(karn: Any, search_id: str) -> karn_pb2.Search:
     return told
 
 
-async def test_without_an_interface_a_search_says_what_to_do(karn: Any) -> None:
-    if (await karn.ListInterfaces(karn_pb2.ListInterfacesRequest())).interfaces:
-        pytest.skip("other tests have told of interfaces already")
-    with pytest.raises(Conflict) as refusal:
-        await karn.StartSearch(karn_pb2.StartSearchRequest(generations=1))
-    assert "esperctl train" in refusal.value.hint
-    with pytest.raises(NotFound):
-        await karn.GetArchive(karn_pb2.GetArchiveRequest())
+async def test_without_an_interface_a_search_says_what_to_do(bare: Innovation, tmp_path: Path) -> None:
+    """On a database and a bus of its own: nobody has told of an interface there."""
+    with nats_in(tmp_path) as url:
+        async with serving(bare, bare.endpoints.model_copy(update={"nats_url": url})) as karn:
+            with pytest.raises(Conflict) as refusal:
+                await karn.StartSearch(karn_pb2.StartSearchRequest(generations=1))
+            assert "esperctl train" in refusal.value.hint
+            with pytest.raises(NotFound):
+                await karn.GetArchive(karn_pb2.GetArchiveRequest())
 
 
 async def test_a_search_breeds_measures_and_remembers(karn: Any, innovation: Innovation) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, cast
 
@@ -13,7 +14,19 @@ from torch import Tensor, nn
 from esper_core.control.survey import health_of, score
 from esper_core.errors import InvalidInput
 from esper_core.nn.host import Host, wrap
-from esper_core.nn.signals import DOUBT, MAX_ROWS, Evidence, Reading, Thresholds, measure
+from esper_core.nn.signals import (
+    DOUBT,
+    MAX_ROWS,
+    Evidence,
+    Reading,
+    Sums,
+    Tally,
+    Thresholds,
+    conclude,
+    damped_root,
+    measure,
+    null_gain,
+)
 from tests.unit.nn.formulas import Figures, formulas, oracle, sights
 from tests.unit.nn.hosts import CLASSES, LOSS, batches, copied, make, perceptron, train, wrapped, wrapped_perceptron
 
@@ -104,6 +117,40 @@ def test_many_positions_are_thinned_and_still_tell_the_same() -> None:
     seen = sights(model, 0, 2, data)
     whole = formulas(*(np.vstack([getattr(s, k) for s in seen]) for k in ("entering", "inner", "descent")), 1.0, 143)  # type: ignore[call-arg]
     assert reading.evidence.gain == pytest.approx(whole.gain, rel=0.5)
+
+
+def test_the_null_is_the_mean_over_all_permutations() -> None:
+    generator = torch.Generator().manual_seed(6)
+    h, i, g = (torch.randn(6, width, generator=generator, dtype=torch.float64) for width in (2, 2, 3))
+    inner = torch.cat([i, torch.ones(6, 1, dtype=torch.float64)], dim=1)
+    wanted = g - inner @ torch.cholesky_solve(inner.T @ g, damped_root(inner.T @ inner))
+    root = damped_root(h.T @ h / 6)
+    gains = [
+        float(torch.linalg.solve_triangular(root, h.T @ wanted[list(order)] / 6, upper=False).square().sum())
+        for order in itertools.permutations(range(6))
+    ]
+    assert null_gain(Sums.of(h, inner, g)) == pytest.approx(sum(gains) / len(gains), rel=1e-9)
+    assert max(gains) > 2 * min(gains)
+
+
+def test_what_is_wanted_stands_out_of_the_null_and_shuffled_does_not() -> None:
+    generator = torch.Generator().manual_seed(6)
+    h = torch.randn(512, 4, generator=generator)
+    inner = torch.cat([torch.randn(512, 3, generator=generator), torch.ones(512, 1)], dim=1)
+    g = h @ torch.randn(4, 2, generator=generator) + 0.5 * torch.randn(512, 2, generator=generator)
+
+    def seen(descent: Tensor) -> Evidence:
+        tally = Tally(samples=512, rows=512)
+        tally.add_batch(0, (h, inner, descent), 1.0)
+        return conclude(tally, 1, LIMITS)
+
+    real = seen(g)
+    assert real.gain > 50 * real.null_gain
+    shuffled = [seen(g[torch.randperm(512, generator=generator)]) for _ in range(50)]
+    gains, nulls = (sum(getattr(found, name) for found in shuffled) for name in ("gain", "null_gain"))
+    assert gains == pytest.approx(
+        nulls, rel=0.25
+    )  # eight degrees of freedom each: the mean of fifty spreads by a fourteenth
 
 
 class Last(Pooled):

@@ -35,6 +35,7 @@ signals = st.builds(
     confidence=unit,
     samples=uint32,
     unit_parameters=uint32,
+    null_gain=positive,
 )
 
 
