@@ -316,7 +316,7 @@ def null_gain(sums: Sums) -> float:
     root = damped_root(sums.hh / n)
     freedom = n * float(torch.trace(torch.cholesky_solve(sums.hh / n, root)))
     centre = float(torch.linalg.solve_triangular(root, sums.hi[:, -1:], upper=False).square().sum())
-    return ((on - off) * freedom + off * centre) / n**2
+    return max(0.0, ((on - off) * freedom + off * centre) / n**2)  # 0 up to rounding where what enters never varies
 
 
 def damped_root(moment: Tensor) -> Tensor:

@@ -133,6 +133,14 @@ def test_the_null_is_the_mean_over_all_permutations() -> None:
     assert max(gains) > 2 * min(gains)
 
 
+def test_the_null_of_what_never_varies_is_nothing() -> None:
+    generator = torch.Generator().manual_seed(6)
+    inner = torch.cat([torch.randn(64, 2, generator=generator), torch.ones(64, 1)], dim=1)
+    for scale in (1e-3, 1.0, 1e3):
+        sums = Sums.of(torch.full((64, 1), 3.0), inner, scale * torch.randn(64, 2, generator=generator))
+        assert 0 <= null_gain(sums) <= 1e-5 * scale**2
+
+
 def test_what_is_wanted_stands_out_of_the_null_and_shuffled_does_not() -> None:
     generator = torch.Generator().manual_seed(6)
     h = torch.randn(512, 4, generator=generator)
