@@ -41,6 +41,9 @@ class Plot:
         validation: held-back batches for the counterfactual.
         settings: constants.
         seed: of everything random here.
+
+    Raises:
+        InvalidInput: when there are no batches, or nothing that could grow or that the optimiser trains.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Plot:
                 "growing needs probe and validation batches",
                 hint="pass lists of (inputs, targets) that can be read again",
             )
+        host.require_slots()
         self.host, self.optimizer, self.loss_fn = host, optimizer, loss_fn
         self.probe, self.validation = probe, validation
         self.settings, self.seed = settings, seed

@@ -132,6 +132,18 @@ class Host(nn.Module):
             raise InvalidInput(f"no slot {name!r}", hint=f"slots: {', '.join(self.slots) or 'none'}")
         return self.slots[name]
 
+    def require_slots(self) -> None:
+        """Refuse a network that cannot grow.
+
+        Raises:
+            InvalidInput: when there is no slot.
+        """
+        if not self.slots:
+            raise InvalidInput(
+                f"{type(self.model).__name__} has no span to grow over",
+                hint="a span is two linear or convolutional layers in a row; name blocks by spans=[(source, sink)]",
+            )
+
     def can_widen(self, slot: Slot) -> bool:
         """Whether no kernel next door, blended or still learning, relies on the widths that folding at ``slot`` would change."""
         ends = {slot.source, slot.norm, slot.sink} - {None}

@@ -35,9 +35,8 @@ def slowdown(host: Host, slot: Slot, batch: Batch) -> float:
     inputs, targets = batch
     layers = [module for module in host.model.modules() if isinstance(module, Growable)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
-    if (
-        slot.interface.layout is Layout.TOKENS and not slot.interface.in_size
-    ):  # a kernel's papers then speak of one token
+    # Where the number of tokens is open, a kernel's papers speak of one.
+    if slot.interface.layout is Layout.TOKENS and not slot.interface.in_size:
         hooks.append(slot.sink.register_forward_hook(look))
     try:
         with host.evaluating():

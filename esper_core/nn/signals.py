@@ -9,8 +9,8 @@ With h the input of the span, H1 the sink's input with a one appended, and G the
     score = Σ σ_i(S^-½ N F^-½)²            scale-free (Mitchell et al., "Self-Expanding Neural Networks", 2023)
     own   = ‖(H1ᵀH1/n)^-½ H1ᵀG/n‖²         what the sink's own weights could still gain
     share = gain / (gain + own)
-    null  = the gain's mean over all permutations of G⊥'s rows: what chance alone would show. Told, not judged by: where samples are few
-            against width gain and null are alike for wide layers only, and a host that is merely under-trained passes it everywhere
+    null  = the gain's mean over all permutations of G⊥'s rows: what chance alone would show (told, not judged by: a host that is
+            merely under-trained stands out of it everywhere)
 
 Rows are samples, tokens or places of an image. A row at which the loss hears nothing of what leaves the span, because its gradient there
 is exactly zero (a token that nobody reads, a place that a maximum passes over), is no row: a change there costs nothing, and counting it

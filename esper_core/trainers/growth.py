@@ -131,11 +131,7 @@ class Growth:
         batches = {name: moved(self._batches(name, split, loader), device) for name, loader in loaders.items()}
         inputs = batches["probe"][0][0]
         host = host_of(model, inputs, call, options.get("within", ""), options.get("spans"))
-        if not host.slots:
-            raise InvalidInput(
-                f"{type(model).__name__} has no span to grow over",
-                hint="a span is two linear or convolutional layers in a row; name blocks by spans=[(source, sink)]",
-            )
+        host.require_slots()
         keys = ("budget", "settings", "controller", "source", "run_id", "seed")
         given: dict[str, Any] = batches | {key: options[key] for key in keys if key in options}  # type: ignore[literal-required]
         optimizer = optimizer_of(host, optimizers)

@@ -14,6 +14,7 @@ from esper_core.control.packet import ReasonCode
 from esper_core.control.settings import GrowthSettings
 from esper_core.errors import InvalidInput
 from esper_core.lifecycle import State
+from esper_core.nn.host import wrap
 from tests.unit.control.growing import (
     LEARNING,
     QUICK,
@@ -24,7 +25,7 @@ from tests.unit.control.growing import (
     order,
     settings,
 )
-from tests.unit.nn.hosts import batches, equal, make, wrapped
+from tests.unit.nn.hosts import CLASSES, batches, equal, make, wrapped
 
 SLOT = "2:4"
 
@@ -123,6 +124,14 @@ def test_growing_needs_data() -> None:
     assert caught.value.hint
     with pytest.raises(InvalidInput):
         grower(host, rule, batches("mlp", 1), [])
+
+
+def test_a_network_without_a_span_is_refused_at_once() -> None:
+    host = wrap(nn.Linear(6, CLASSES), torch.zeros(4, 6))
+    data = batches("mlp", 2)
+    with pytest.raises(InvalidInput, match="Linear has no span") as caught:
+        grower(host, torch.optim.Adam(host.parameters()), data, data)
+    assert "spans=" in caught.value.hint
 
 
 def test_the_optimiser_must_train_the_layers_that_may_grow() -> None:
