@@ -115,7 +115,7 @@ def run(
     total = len(tasks) * len(seeds) * len(arms)
     done = total - sum(len(errand.arms) for errand in errands)
     progress(done, total, "")
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers or _cores(), mp_context=context, initializer=_settled) as pool:
         waiting: dict[Future[list[tuple[str, Row | None]]], Errand] = {pool.submit(carry_out, e): e for e in errands}
         try:
@@ -127,6 +127,9 @@ def run(
                     progress(done, total, f"{errand.task}, seed {errand.seed}")
         except BaseException:  # whatever ends this must not leave others training
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+                worker.join()
             raise
     return ledger.found()
 

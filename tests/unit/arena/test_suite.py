@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from esper_core.errors import Corrupt
+from esper_core.errors import Corrupt, InvalidInput
 from services.tolaria.arena.suite import Errand, Ledger, carry_out, run
+from services.tolaria.arena.task import Task
 from tests.unit.arena.contests import contest
 
 
@@ -23,6 +26,18 @@ def test_a_broken_off_suite_goes_on(tmp_path: Path) -> None:
     rows = run(*options, ["none"], again, lambda done, total, _: told.append((done, total)), workers=1)
     assert told == [(1, 1)]
     assert rows == first
+
+
+def broken() -> Task:
+    raise InvalidInput("no such data")
+
+
+def test_a_trial_that_fails_ends_the_others_and_not_after_they_are_done(tmp_path: Path) -> None:
+    """The other one would train for years; the test's own time limit would tell."""
+    tasks = [("endless", partial(contest, 1 << 40)), ("broken", broken)]
+    with pytest.raises(InvalidInput, match="no such data"):
+        run(tasks, [0], ["none"], Ledger(tmp_path / "rows.jsonl"), lambda *_: None, workers=2)
+    assert not multiprocessing.active_children()
 
 
 def test_an_arm_that_does_not_apply_is_remembered(tmp_path: Path) -> None:
