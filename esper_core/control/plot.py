@@ -21,7 +21,7 @@ from esper_core.errors import Corrupt, InvalidInput
 from esper_core.nn.chance import random_state, set_random_state
 from esper_core.nn.graft import Graft
 from esper_core.nn.host import Host, Slot
-from esper_core.nn.probe import Batch, LossFunction, each_tensor, mean_loss, run
+from esper_core.nn.probe import Batch, LossFunction, each_tensor, first, mean_loss, run
 from esper_core.nn.shrink import shrink
 from esper_core.nn.widen import adopt, fold, forget, morphology, reshape
 
@@ -189,16 +189,7 @@ class Plot:
             if slot.graft is not None:
                 slot.graft.double()
         with twin.evaluating():
-            return [run(twin, each_tensor(inputs, _doubled)) for inputs, _ in self._some_held_back()]
-
-    def _some_held_back(self) -> list[Batch]:
-        """Held-back batches of ``FOLD_ROWS`` rows or a little more."""
-        chosen: list[Batch] = []
-        for batch in self.validation:
-            if sum(len(targets) for _, targets in chosen) >= FOLD_ROWS:
-                break
-            chosen.append(batch)
-        return chosen
+            return [run(twin, each_tensor(inputs, _doubled)) for inputs, _ in first(self.validation, FOLD_ROWS)]
 
     @property
     def parameters(self) -> int:

@@ -33,9 +33,9 @@ REMEMBERED = 8
 """Evaluations kept per slot, and twice as many epoch losses."""
 
 
-def health_of(evidence: Evidence, thresholds: Thresholds) -> float:
+def health_of(evidence: Evidence | GrowthSignal, thresholds: Thresholds) -> float:
     """Evidence as a health score in (0, 1]: 1 = wants nothing, 0.3 = both thresholds just passed, falling on beyond."""
-    return 1 / (1 + (7 / 3) * evidence.need(thresholds))
+    return 1 / (1 + (7 / 3) * thresholds.need(evidence.share, evidence.gain_of_loss))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Survey:
     def _in_need(self) -> bool:
         """Whether the last evaluation found a slot that asks for growth."""
         last = (signals[-1] for signals in self.evidence.values() if signals)
-        return any(self.thresholds.need(signal.share, signal.gain_of_loss) > 1 for signal in last)
+        limit = self.plot.settings.policy.health_threshold
+        return any(health_of(signal, self.thresholds) < limit for signal in last)
 
     def hear(self, loss: float) -> None:
         """Note an epoch's loss. The run's first is the measure of gains; one that is not finite says nothing."""
@@ -133,10 +134,8 @@ class Survey:
     def _plan(self, epoch: int) -> None:
         """Settle, from what was just measured, when to measure next."""
         settings = self.plot.settings
-        healths = [health_of(reading.evidence, self.thresholds) for reading in self._readings.values()]
-        healthy = all(health >= settings.policy.health_threshold for health in healths)
         longer = min(2 * self._interval, settings.evaluate_at_most_every)
-        self._interval = max(longer, settings.evaluate_every) if healthy else settings.evaluate_every
+        self._interval = settings.evaluate_every if self._in_need() else max(longer, settings.evaluate_every)
         self._due = epoch + self._interval
 
     @property

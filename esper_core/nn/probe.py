@@ -47,6 +47,18 @@ def each_tensor(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(inputs) if isinstance(inputs, Tensor) else inputs
 
 
+def first(batches: Iterable[Batch], samples: int) -> list[Batch]:
+    """The first batches that have so many samples together, or a few more; all when there are not as many."""
+    chosen: list[Batch] = []
+    left = samples
+    for batch in batches:
+        if left <= 0:
+            break
+        chosen.append(batch)
+        left -= len(batch[1])
+    return chosen
+
+
 def mean_loss(host: Host, batches: Iterable[Batch], loss_fn: LossFunction) -> float:
     """Mean loss over the samples of one batch or more, in evaluation mode."""
     with host.evaluating():

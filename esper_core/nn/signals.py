@@ -256,38 +256,59 @@ def conclude(tally: Tally, unit_parameters: int, thresholds: Thresholds, referen
     folds, total = tally.filled, tally.total()
     loss = max(abs(sum(tally.losses) / len(tally.losses)), reference or 0.0)
 
-    def evidence(sums: Sums) -> tuple[Evidence, Tensor]:
-        return _evidence(sums, tally.positions, loss, unit_parameters)
+    def evidence(fit: Fit) -> Evidence:
+        return _evidence(fit, tally.positions, loss, unit_parameters)
 
-    whole, whitened = evidence(total)
-    parts = [evidence(total - fold)[0].need(thresholds) for fold in folds] if len(folds) > 1 else []
+    fit = Fit.of(total)
+    whole, whitened = evidence(fit), fit.whitened
+    parts = [evidence(Fit.of(total - fold)).need(thresholds) for fold in folds] if len(folds) > 1 else []
     # σ² as eigenvalues of the smaller Gram matrix: several times cheaper than the singular values themselves.
     wide = whitened.shape[1] > whitened.shape[0]
     gram = whitened @ whitened.T if wide else whitened.T @ whitened
     spectrum = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0) * tally.positions
     return replace(
         whole,
-        score=float(_whitened(total.gg / total.rows, whitened.T).square().sum()),
+        score=float(_solved(damped_root(total.gg / total.rows), whitened.T).square().sum()),
         spectrum=tuple(spectrum[:MAX_SPECTRUM].tolist()),
         confidence=_confidence(whole.need(thresholds), parts),
-        null_gain=null_gain(total) * tally.positions,
+        null_gain=null_gain(fit) * tally.positions,
     )
 
 
-def _evidence(sums: Sums, positions: float, loss: float, unit_parameters: int) -> tuple[Evidence, Tensor]:
-    """Gain and share, without the score and the spectrum, and the whitened residual S^-½ N (d, m) to get those from.
+@dataclass(frozen=True)
+class Fit:
+    """What the sink's own weights can make of the sums, and what is left.
+
+    Attributes:
+        inner_root, entering_root: factors of H1ᵀH1 (k, k) and of S (d, d).
+        weights: the best change of the sink's own weights, (k, m).
+        whitened: S^-½ N, (d, m).
+    """
+
+    sums: Sums
+    inner_root: Tensor
+    entering_root: Tensor
+    weights: Tensor
+    whitened: Tensor
+
+    @classmethod
+    def of(cls, sums: Sums) -> Fit:
+        inner_root, entering_root = damped_root(sums.ii), damped_root(sums.hh / sums.rows)
+        weights = torch.cholesky_solve(sums.ig, inner_root)
+        residual = (sums.hg - sums.hi @ weights) / sums.rows  # N
+        return cls(sums, inner_root, entering_root, weights, _solved(entering_root, residual))
+
+
+def _evidence(fit: Fit, positions: float, loss: float, unit_parameters: int) -> Evidence:
+    """Gain and share, without what only the whole probe is asked for.
 
     A unit acts at every position of a sample, so what it gains per sample is its gain per row times the positions.
     """
-    n = sums.rows
-    root = damped_root(sums.ii)
-    weights = torch.cholesky_solve(sums.ig, root)  # (k, m): the best change of the sink's own weights
-    residual = (sums.hg - sums.hi @ weights) / n  # N, (d, m)
-    whitened = _whitened(sums.hh / n, residual)
-    gain = float(whitened.square().sum()) * positions
-    own = float(torch.linalg.solve_triangular(root, sums.ig, upper=False).square().sum()) / n * positions
+    sums, n = fit.sums, fit.sums.rows
+    gain = float(fit.whitened.square().sum()) * positions
+    own = float(_solved(fit.inner_root, sums.ig).square().sum()) / n * positions
     squared = float(torch.trace(sums.gg)) / n * positions
-    found = Evidence(
+    return Evidence(
         gain=gain,
         gain_relative=gain / squared if squared > 0 else 0.0,
         share=gain / (gain + own) if gain + own > 0 else 0.0,
@@ -298,24 +319,21 @@ def _evidence(sums: Sums, positions: float, loss: float, unit_parameters: int) -
         samples=n,
         unit_parameters=unit_parameters,
     )
-    return found, whitened
 
 
-def null_gain(sums: Sums) -> float:
+def null_gain(fit: Fit) -> float:
     """Mean of ‖S^-½ N‖² over all n! permutations of G⊥'s rows, in closed form.
 
     Of K = G⊥G⊥ᵀ only the means on and off the diagonal survive permuting (first permutation moment, as of the RV coefficient: Kazi-Aoual
     et al., 1995), and both follow from the sums.
     """
-    n, weights = sums.rows, torch.cholesky_solve(sums.ig, damped_root(sums.ii))
+    sums, weights, n = fit.sums, fit.weights, fit.sums.rows
     power = float(torch.trace(sums.gg) - 2 * (weights * sums.ig).sum() + (weights * (sums.ii @ weights)).sum())
-    drift = float(
-        (sums.ig[-1] - sums.ii[-1] @ weights).square().sum()
-    )  # the last feature of the sink's input is the one
+    # The last feature of the sink's input is the one.
+    drift = float((sums.ig[-1] - sums.ii[-1] @ weights).square().sum())
     on, off = power / n, (drift - power) / (n * max(n - 1, 1))
-    root = damped_root(sums.hh / n)
-    freedom = n * float(torch.trace(torch.cholesky_solve(sums.hh / n, root)))
-    centre = float(torch.linalg.solve_triangular(root, sums.hi[:, -1:], upper=False).square().sum())
+    freedom = n * float(torch.trace(torch.cholesky_solve(sums.hh / n, fit.entering_root)))
+    centre = float(_solved(fit.entering_root, sums.hi[:, -1:]).square().sum())
     return max(0.0, ((on - off) * freedom + off * centre) / n**2)  # 0 up to rounding where what enters never varies
 
 
@@ -332,10 +350,10 @@ def damped_root(moment: Tensor) -> Tensor:
         ridge *= 10  # products of single-precision rows may be indefinite by a rounding error
 
 
-def _whitened(moment: Tensor, matrix: Tensor) -> Tensor:
-    """``moment`` to the power -½ times ``matrix``, up to a rotation; what has no energy in ``moment`` must have none in ``matrix``."""
-    whitened: Tensor = torch.linalg.solve_triangular(damped_root(moment), matrix, upper=False)
-    return whitened
+def _solved(root: Tensor, matrix: Tensor) -> Tensor:
+    """The moment of that root to the power -½ times ``matrix``, up to a rotation."""
+    solved: Tensor = torch.linalg.solve_triangular(root, matrix, upper=False)
+    return solved
 
 
 def _confidence(need: float, parts: list[float]) -> float:

@@ -17,12 +17,13 @@ from typing import Any, Literal, cast
 
 import torch
 import torch_pruning
-from torch import Tensor, nn
+from torch import nn
 from torch_pruning.dependency import Group
 
 from esper_core.errors import InvalidInput, Unsupported
 from esper_core.nn.chance import undisturbed
 from esper_core.nn.export.plain import grafts
+from esper_core.nn.operations import visited
 
 Layer = nn.Linear | nn.Conv2d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d
@@ -166,28 +167,20 @@ def _observe(
     model: nn.Module, inputs: tuple[Any, ...], layers: Mapping[str, Layer]
 ) -> tuple[Counter[str], dict[str, int]]:
     """How often each layer runs in one forward pass, and at how many positions per sample."""
-    calls: Counter[str] = Counter()
-    positions: dict[str, int] = {}
-    hooks = []
-    for path, layer in layers.items():
-
-        def seen(_module: nn.Module, _args: Any, output: Tensor, path: str = path) -> None:
-            calls[path] += 1
-            units = output.shape[1] if isinstance(_module, nn.Conv2d) else output.shape[-1]
-            positions[path] = positions.get(path, 0) + output[0].numel() // units
-
-        hooks.append(layer.register_forward_hook(seen))
     try:
-        with torch.no_grad():
+        with visited(layers) as shapes, torch.no_grad():
             model(*inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as problem:
         raise InvalidInput(
             f"the example inputs do not fit {type(model).__name__}: {problem}",
             hint="pass a batch shaped as in training",
         ) from problem
-    finally:
-        for hook in hooks:
-            hook.remove()
+    calls = Counter({path: len(given) for path, given in shapes.items()})
+    positions = {
+        path: sum(shape[1:].numel() // len(layers[path].weight) for shape in given)
+        for path, given in shapes.items()
+        if given
+    }
     return calls, positions
 
 

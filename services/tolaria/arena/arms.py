@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -169,16 +169,26 @@ EXTRA = frozenset(
 """Arms that run only when they are named: places that others choose too, other lessons for kernels, and another's package."""
 
 
+def listed(names: str, known: Iterable[str], refusal: str) -> list[str]:
+    """Names separated by commas, each of which is known.
+
+    Raises:
+        InvalidInput: one is not.
+    """
+    there = list(known)
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in there:
+            raise InvalidInput(f"{refusal} {name!r}", hint=nearest(name, there))
+    return wanted
+
+
 def chosen(names: str | None) -> list[str]:
     """Arms by name, those that others need first; the usual ones when None.
 
     Raises:
         InvalidInput: an arm that does not exist.
     """
-    usual = [name for name in ARMS if name not in EXTRA]
-    wanted = usual if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in ARMS:
-            raise InvalidInput(f"there is no arm {name!r}", hint=nearest(name, ARMS))
+    wanted = [name for name in ARMS if name not in EXTRA] if names is None else listed(names, ARMS, "there is no arm")
     needed = {arm.after for name in wanted if (arm := ARMS[name]).after}
     return [name for name in ARMS if name in wanted or name in needed]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from esper_core.control.roles import Controller
 from esper_core.control.settings import GrowthSettings
 from esper_core.lifecycle import State
 from esper_core.nn.host import Host, wrap
-from esper_core.nn.probe import Batch
+from esper_core.nn.probe import Batch, first
 from esper_core.nn.signals import measure
 from esper_core.nn.widen import morphology, reshape
 from services.tolaria.arena.effort import counted, step_flops
@@ -153,7 +152,7 @@ def growing(
             flops_of[shape] = training_flops(task, setup, host)
         count.flops += (count.steps - steps) * flops_of[shape]
         story.boundary(grower, epoch, loss, setup)
-    scoring = sum(times * _scoring_flops(grower, probed) for probed, times in story.probed.items())
+    scoring = sum(story.probed.count(samples) * _scoring_flops(grower, samples) for samples in set(story.probed))
     network, report = grower.finish()
     return to_row(
         task,
@@ -208,7 +207,7 @@ class _Story:
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.probed: Tally[int] = Tally()
+        self.probed: list[int] = []
         self.germinated: list[str] = []
         self.kept: list[str] = []
         self.evidence: float | None = None
@@ -220,7 +219,7 @@ class _Story:
         report = grower.step(epoch, train_loss=loss)
         self.seconds += time.process_time() - began
         if grower.survey.fresh(epoch):
-            self.probed[grower.survey.probed] += 1
+            self.probed.append(grower.survey.probed)
         for event in report.events:
             if event.target is State.GERMINATED:
                 self.germinated.append(event.slot)
@@ -271,13 +270,10 @@ def reshaped(setup: Setup, shapes: Mapping[str, Sequence[int]], seed: int) -> nn
 
 def _scoring_flops(grower: Grower, samples: int) -> int:
     """Operations of one more measurement of all slots on so many samples, at the shape that the host has now."""
-    plot, seen, probed = grower.plot, 0, []
-    for batch in plot.probe:
-        if seen < samples:
-            probed.append(batch)
-            seen += len(batch[1])
+    plot = grower.plot
+    probe = first(plot.probe, samples)
     with counted() as effort:
-        measure(plot.host, plot.host.slots.values(), probed, plot.loss_fn, grower.survey.thresholds)
+        measure(plot.host, plot.host.slots.values(), probe, plot.loss_fn, grower.survey.thresholds)
     return effort.flops
 
 

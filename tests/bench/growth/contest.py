@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from esper_core.errors import InvalidInput, nearest
+from services.tolaria.arena.arms import listed
 from services.tolaria.arena.figures import Table
 from services.tolaria.arena.task import Task
 from services.tolaria.arena.trial import Row
@@ -27,10 +27,7 @@ def picked(suite: str, names: str | None) -> list[str]:
         InvalidInput: the suite has no such task.
     """
     there = [task.name for task in SUITES[suite]]
-    wanted = there if names is None else [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in there:
-            raise InvalidInput(f"the suite {suite} has no task {name!r}", hint=nearest(name, there))
+    wanted = there if names is None else listed(names, there, f"the suite {suite} has no task")
     return [name for name in there if name in wanted]
 
 

@@ -18,6 +18,7 @@ from esper_core.nn.signals import (
     DOUBT,
     MAX_ROWS,
     Evidence,
+    Fit,
     Reading,
     Sums,
     Tally,
@@ -129,7 +130,7 @@ def test_the_null_is_the_mean_over_all_permutations() -> None:
         float(torch.linalg.solve_triangular(root, h.T @ wanted[list(order)] / 6, upper=False).square().sum())
         for order in itertools.permutations(range(6))
     ]
-    assert null_gain(Sums.of(h, inner, g)) == pytest.approx(sum(gains) / len(gains), rel=1e-9)
+    assert null_gain(Fit.of(Sums.of(h, inner, g))) == pytest.approx(sum(gains) / len(gains), rel=1e-9)
     assert max(gains) > 2 * min(gains)
 
 
@@ -138,7 +139,7 @@ def test_the_null_of_what_never_varies_is_nothing() -> None:
     inner = torch.cat([torch.randn(64, 2, generator=generator), torch.ones(64, 1)], dim=1)
     for scale in (1e-3, 1.0, 1e3):
         sums = Sums.of(torch.full((64, 1), 3.0), inner, scale * torch.randn(64, 2, generator=generator))
-        assert 0 <= null_gain(sums) <= 1e-5 * scale**2
+        assert 0 <= null_gain(Fit.of(sums)) <= 1e-5 * scale**2
 
 
 def test_what_is_wanted_stands_out_of_the_null_and_shuffled_does_not() -> None:
@@ -156,9 +157,8 @@ def test_what_is_wanted_stands_out_of_the_null_and_shuffled_does_not() -> None:
     assert real.gain > 50 * real.null_gain
     shuffled = [seen(g[torch.randperm(512, generator=generator)]) for _ in range(50)]
     gains, nulls = (sum(getattr(found, name) for found in shuffled) for name in ("gain", "null_gain"))
-    assert gains == pytest.approx(
-        nulls, rel=0.25
-    )  # eight degrees of freedom each: the mean of fifty spreads by a fourteenth
+    # Eight degrees of freedom each: the mean of fifty spreads by a fourteenth.
+    assert gains == pytest.approx(nulls, rel=0.25)
 
 
 class Last(Pooled):
